@@ -1,0 +1,332 @@
+"""Every setting of the pipeline, by section: what recipes, `--config` files and the command line fill in.
+
+One schema serves all commands, so that the same options mean the same thing everywhere; each stage reads, shows in
+its `--help` and fingerprints only its own sections (see `llmrec.stages`). No torch is imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+# ---------------------------------------------------------------- where things come from
+
+
+@dataclass
+class Wheel:
+    """A file that travels inside a PyPI wheel; the wheel is downloaded with pip and never installed."""
+
+    requirement: str
+    """Exact requirement, e.g. `recbole==1.2.1`."""
+    sha256: str
+    """Checksum of the wheel file."""
+    path: str
+    """Folder or file inside the wheel."""
+
+
+@dataclass
+class Columns:
+    """Names of the columns in your own csv or parquet files. Rating and timestamp may be null: not there."""
+
+    user: str = "user"
+    item: str = "item"
+    rating: str | None = "rating"
+    timestamp: str | None = "timestamp"
+    title: str = "title"
+
+
+@dataclass
+class Source:
+    """Where the interactions and titles come from."""
+
+    format: Literal["ml-100k", "ml-1m", "ml-latest-small", "amazon-2023", "csv", "parquet"] = "csv"
+    """The publisher's format, or csv/parquet for your own tables."""
+    interactions: str | None = None
+    """File name or glob of the interactions; a path for your own data. Stands for the same name with `.gz`, too."""
+    items: str | None = None
+    """File name or glob of the titles, likewise."""
+    columns: Columns = field(default_factory=Columns)
+    """Column names, for csv and parquet."""
+    timestamp_unit: Literal["s", "ms"] = "s"
+    """Unit of numeric timestamps since 1970, for csv and parquet; dates are understood without it."""
+    urls: list[str] = field(default_factory=list)
+    """Official addresses, all of them fetched, after $LLMREC_DATA and the cache have been looked into; archives are unpacked."""
+    checksums: list[str] = field(default_factory=list)
+    """`algorithm:hex` of each address in turn, where the publisher gives one."""
+    wheel: Wheel | None = None
+    """A registry copy, tried last."""
+    licence: str | None = None
+    """One line, printed when the data is fetched and kept in the cards."""
+
+
+@dataclass
+class Filter:
+    """Which interactions stay. Applied in this order: bad rows, untitled items, duplicates, minimum rating, core."""
+
+    on_bad_rows: Literal["error", "drop"] = "error"
+    """A row that cannot be read (NaN rating, missing id): stop and name it, or drop and count."""
+    untitled: Literal["error", "drop"] = "error"
+    """An item with interactions but no title: stop and name it, or drop its interactions and count."""
+    duplicates: Literal["first", "last", "keep"] = "first"
+    """Which event of a repeated (user, item) stays."""
+    minimum_rating: float | None = None
+    """Drop interactions rated lower."""
+    core: int = 5
+    """Iterative k-core: every user and item keeps at least this many events. 0 keeps all."""
+
+
+@dataclass
+class Split:
+    """Leave-one-out: each user's last event is the test target, the one before it the validation target."""
+
+    ties: Literal["file_order", "item_id", "random"] = "file_order"
+    """Order of a user's events with equal timestamps. Ambiguous targets are counted in metrics.json."""
+    minimum_events: int = 5
+    """Users with fewer events have training events only. At least 3."""
+
+
+# ---------------------------------------------------------------- retrievers
+
+
+@dataclass
+class Mixer:
+    """The layer that mixes positions of the history; see llmrec/retrievers/mixers."""
+
+    name: Literal["attention", "mamba2"] = "mamba2"
+    heads: int = 2
+    """attention: number of heads."""
+    d_state: int = 128
+    """mamba2: size of the state per channel."""
+    headdim: int = 4
+    """mamba2: channels per head."""
+    d_conv: int = 4
+    """mamba2: width of the causal convolution."""
+    expand: int = 2
+    """mamba2: inner width over outer width."""
+    chunk: int = 64
+    """mamba2: positions per block of the scan; speed only, the result is the same."""
+
+
+@dataclass
+class SequenceModel:
+    """Embedding -> layers of mixer and feed-forward -> tied softmax."""
+
+    mixer: Mixer = field(default_factory=Mixer)
+    dim: int = 64
+    layers: int = 1
+    inner: int = 256
+    """Width of the feed-forward layer."""
+    dropout: float = 0.2
+    positions: bool = False
+    """Learned position embeddings (SASRec)."""
+    residual: bool = False
+    """Residual around the mixer. Mamba4Rec has none when it has one layer."""
+
+
+@dataclass
+class Training:
+    """How a sequence model is trained: all positions at once, full softmax cross-entropy."""
+
+    max_length: int = 50
+    """Events of history the model sees."""
+    batch: int = 64
+    """Windows per step."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup: int = 50
+    """Steps of linear warm-up."""
+    gradient_clip: float = 5.0
+    epochs: int = 200
+    """At most; early stopping ends it sooner."""
+    patience: int = 10
+    """Epochs without a better validation NDCG@10 before stopping."""
+    windows: Literal["all", "last"] = "all"
+    """all: each history is cut into windows of max_length; last: only the latest window."""
+
+
+@dataclass
+class LightFM:
+    """LightFM with the WARP loss: a retriever, and the source of the losers in preference pairs."""
+
+    components: int = 64
+    epochs: int = 30
+    learning_rate: float = 0.05
+    max_sampled: int = 10
+    item_alpha: float = 0.0
+    user_alpha: float = 0.0
+
+
+@dataclass
+class Retrieval:
+    """Which retriever, and what it hands on."""
+
+    kind: Literal["sequence", "lightfm", "popularity"] = "sequence"
+    candidates: int = 100
+    """Candidates kept per user."""
+    repeats: bool = False
+    """Whether a candidate may come from the user's history (listening, groceries); set by the dataset recipe."""
+
+
+# ---------------------------------------------------------------- prompts and pairs
+
+
+@dataclass
+class Prompting:
+    """How a history and a pool of candidates become a prompt."""
+
+    template: str = "llamarec"
+    """A file of prompts/ by name, or a path."""
+    history: int = 20
+    """At most this many titles of history (1 to 99); oldest go first when the budget is short."""
+    candidates: int = 20
+    """Size of the pool, 2 to 26: each candidate is a letter."""
+    title_tokens: int = 32
+    """A longer title is cut."""
+    budget: int = 1024
+    """Tokens of prompt and answer together."""
+    years: Literal["keep", "drop"] = "drop"
+    """Whether "(1999)" at the end of a title stays; SmolLM2 spends a token a digit on it."""
+    order: Literal["shuffled", "retriever"] = "shuffled"
+    """Order of the candidates when scoring: shuffled per user by seed, or the retriever's (LlamaRec). Training pools are
+    always shuffled."""
+
+
+@dataclass
+class Pairs:
+    """Which rows the ranker learns from. All of them come from the training part."""
+
+    sft_rows: int | None = None
+    """At most this many SFT rows (null: all)."""
+    prefixes_per_user: int = 3
+    """Training prefixes per user that become SFT rows."""
+    prompts: int | None = None
+    """At most this many preference prompts (null: one per user)."""
+    pool: Literal["retriever", "uniform"] = "retriever"
+    """Other candidates of a training pool: the retriever's own top list for that prefix, or uniform (LlamaRec)."""
+    rating: bool = True
+    """Rating pairs: of the last two training items the higher rated wins."""
+    lightfm: Literal["none", "worst", "hardest", "sampled"] = "sampled"
+    """LightFM pairs: the last training item wins against an unseen item: LightFM's worst (the paper's; the same few unpopular
+    titles lose for most users), its hardest (highest scored), or one sampled from the lowest quartile, as popular as the winner."""
+    losers: int = 1
+    """LightFM losers per prompt."""
+
+
+# ---------------------------------------------------------------- rankers
+
+
+@dataclass
+class Base:
+    """The pretrained language model."""
+
+    id: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Hub id, or a local folder."""
+    revision: str | None = None
+    wheel: Wheel | None = None
+    """A registry copy as GGUF file, tried when the hub does not answer."""
+    licence: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 where the hardware computes in it, else float32."""
+    attention: str = "sdpa"
+    """attn_implementation of transformers."""
+
+
+@dataclass
+class Lora:
+    """LoRA adapter (peft)."""
+
+    r: int = 8
+    alpha: int = 32
+    dropout: float = 0.05
+    targets: list[str] | None = None
+    """Module names; null takes the family's default (llama q_proj,v_proj; gpt2 c_attn; mamba2 in_proj)."""
+
+
+@dataclass
+class Tuning:
+    """Optimisation of the adapter, for sft and orpo alike."""
+
+    learning_rate: float = 1e-4
+    schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
+    warmup: int = 10
+    """Steps."""
+    epochs: float = 1.0
+    batch: int = 4
+    """Prompts per forward pass."""
+    accumulation: int = 2
+    """Forward passes per optimiser step."""
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    gradient_checkpointing: bool = False
+    """Less memory, a third more time."""
+    save_steps: int = 10
+    """Optimiser steps between checkpoints; a killed run goes on from the last one."""
+    report_to: str = "none"
+    """Tracker of transformers' Trainer: none, tensorboard, trackio, wandb, mlflow."""
+
+
+@dataclass
+class Orpo(Tuning):
+    """ORPO (arXiv 2403.07691): NLL of the chosen answer minus beta times log-sigmoid of the log odds ratio."""
+
+    learning_rate: float = 5e-6
+    schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "inverse_sqrt"
+    beta: float = 0.05
+    """Weight of the odds-ratio term; 0 is the control (the chosen answer's NLL alone)."""
+    nll_on: Literal["completion", "sequence"] = "completion"
+    """The NLL covers the answer, or prompt and answer as in TRL."""
+    start: Literal["sft", "base"] = "sft"
+    """Continue the SFT adapter, or begin with a fresh one on the base model."""
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@dataclass
+class Evaluation:
+    """How the ranker is judged."""
+
+    valid_users: int | None = None
+    """At most this many validation users for the fusion weight, of those whose target is among the candidates."""
+    test_users: int | None = None
+    """At most this many test users, sampled by seed (null: all)."""
+    batch: int = 16
+    """Prompts per forward pass when scoring."""
+    resamples: int = 10_000
+    """Bootstrap resamples of the users behind every interval."""
+
+
+@dataclass
+class Config:
+    """All settings of the pipeline."""
+
+    dataset: str = "ml-100k"
+    """Dataset recipe: a name of recipes/datasets or the path of a yaml file."""
+    retriever: str = "2mamba4rec"
+    """Retriever recipe. `sasrec.wide` is recipe sasrec, kept under the name sasrec.wide."""
+    ranker: str = "llamarec-smollm2-135m"
+    """Ranker recipe."""
+    recipe: str = "quick"
+    """How much to train: a name of recipes/orpo or the path of a yaml file."""
+    variant: str | None = None
+    """A name that keeps this ranker's run apart from others of the same retriever and ranker."""
+    seed: int = 0
+    """Seed of everything random; runs with another seed than 0 carry it in their names."""
+    runs: str = "runs"
+    """Folder of the run folders."""
+    limit_users: int | None = None
+    """Use at most this many users for the language model's rows and evaluation (sampled by seed)."""
+    source: Source = field(default_factory=Source)
+    filter: Filter = field(default_factory=Filter)
+    split: Split = field(default_factory=Split)
+    retrieval: Retrieval = field(default_factory=Retrieval)
+    model: SequenceModel = field(default_factory=SequenceModel)
+    training: Training = field(default_factory=Training)
+    lightfm: LightFM = field(default_factory=LightFM)
+    base: Base = field(default_factory=Base)
+    prompt: Prompting = field(default_factory=Prompting)
+    pairs: Pairs = field(default_factory=Pairs)
+    lora: Lora = field(default_factory=Lora)
+    sft: Tuning = field(default_factory=Tuning)
+    orpo: Orpo = field(default_factory=Orpo)
+    evaluation: Evaluation = field(default_factory=Evaluation)

@@ -1,0 +1,158 @@
+"""Train a causal sequence model on all positions at once, with early stopping on validation NDCG@10.
+
+Every epoch leaves a checkpoint, and an epoch's data order and dropout come from (seed, epoch) alone, so a killed
+training goes on from its last epoch and ends with the same weights on CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmrec import config
+from llmrec.data.sequences import Cases, Sequences
+from llmrec.progress import track
+from llmrec.retrievers import losses, windows
+from llmrec.retrievers.candidates import rank, rows_per_batch
+from llmrec.retrievers.sequence_model import SequenceModel
+
+
+@dataclass
+class SequenceScorer:
+    """A trained sequence model as a retriever (see `candidates.Scorer`)."""
+
+    model: SequenceModel
+    max_length: int
+
+    @torch.inference_mode()
+    def scores(self, users: np.ndarray, histories: list[np.ndarray]) -> Tensor:
+        """Scores of all items after each history; the user's number does not matter to these models."""
+        self.model.eval()
+        table = self.model.items.weight
+        rows = windows.pad([history[-self.max_length :] for history in histories]).to(table.device)
+        return self.model.last(rows, (rows > 0).sum(1)) @ table[1:].T
+
+
+@dataclass
+class Progress:
+    """Where a training stands."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best: float = -1.0
+    seconds: float = 0.0
+    log: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    model: SequenceModel,
+    sequences: Sequences,
+    training: config.Training,
+    validate: Cases,
+    checkpoints: Path,
+    seed: int,
+) -> Progress:
+    """Train `model` in place and leave it with the weights of its best epoch.
+
+    Args:
+        model: a causal model; its starting weights are the caller's.
+        sequences: all users' events; only their training parts are trained on.
+        training: how.
+        validate: validation cases; NDCG@10 over the full catalogue, history not masked, decides.
+        checkpoints: a folder that survives a kill.
+        seed: of data order and dropout.
+
+    Returns:
+        The last epoch, the best one, and one log row per epoch.
+
+    Raises:
+        ValueError: when the loss is not finite.
+    """
+    optimiser = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.999))
+    progress = _resume(model, optimiser, checkpoints)
+    scorer = SequenceScorer(model, training.max_length)
+    batch = rows_per_batch(sequences.item_count)
+    for epoch in track(range(progress.epoch + 1, training.epochs + 1), "epochs", total=training.epochs - progress.epoch):
+        if progress.epoch - progress.best_epoch >= training.patience:
+            break
+        begun = time.perf_counter()
+        loss = _epoch(model, optimiser, sequences, training, seed, epoch)
+        ranked = rank(scorer, sequences, validate, 1, repeats=True, batch=batch).target_rank
+        ndcg = float(np.where(ranked <= 10, 1 / np.log2(ranked + 1.0), 0.0).mean())
+        progress.epoch = epoch
+        progress.seconds += time.perf_counter() - begun
+        progress.log.append({"epoch": epoch, "loss": loss, "valid_ndcg@10": ndcg})
+        if ndcg > progress.best:
+            progress.best, progress.best_epoch = ndcg, epoch
+            _save(checkpoints / "best.safetensors", dict(model.state_dict()))
+        _checkpoint(model, optimiser, progress, checkpoints)
+    model.load_state_dict(load_file(checkpoints / "best.safetensors"))
+    return progress
+
+
+def _epoch(
+    model: SequenceModel, optimiser: torch.optim.Optimizer, sequences: Sequences, training: config.Training, seed: int, epoch: int
+) -> float:
+    model.train()
+    device = model.items.weight.device
+    random = np.random.default_rng([seed, epoch])
+    torch.manual_seed(int(random.integers(2**62)))  # dropout
+    pieces = windows.cut(sequences, training.max_length, latest_only=training.windows == "last", shift=random)
+    steps_per_epoch = -(-len(pieces) // training.batch)
+    total, count = 0.0, 0
+    for step, (inputs, targets) in enumerate(windows.batches(pieces, training.batch, random)):
+        done = (epoch - 1) * steps_per_epoch + step
+        for group in optimiser.param_groups:
+            group["lr"] = training.learning_rate * min(1.0, (done + 1) / max(1, training.warmup))
+        inputs, targets = inputs.to(device), targets.to(device)
+        real = targets > 0
+        loss = losses.full_softmax(model(inputs)[real], model.items.weight, targets[real])
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss of epoch {epoch}, step {step} is {loss.item()}: try a lower training.learning_rate")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
+        optimiser.step()
+        total += loss.item() * int(real.sum())
+        count += int(real.sum())
+    return total / count
+
+
+def _save(path: Path, tensors: dict[str, Tensor], note: str = "") -> None:
+    beside = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata={"note": note})
+    os.replace(beside, path)
+
+
+def _checkpoint(model: SequenceModel, optimiser: torch.optim.Optimizer, progress: Progress, folder: Path) -> None:
+    """One file, replaced at once: weights, optimiser and where the training stands belong together."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in state.items()}
+    _save(folder / "last.safetensors", tensors, json.dumps(vars(progress)))
+
+
+def _resume(model: SequenceModel, optimiser: torch.optim.Optimizer, folder: Path) -> Progress:
+    path = folder / "last.safetensors"
+    if not path.exists():
+        return Progress()
+    tensors = load_file(path)
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimiser."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return Progress(**json.loads(file.metadata()["note"]))

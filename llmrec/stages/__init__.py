@@ -1,0 +1,181 @@
+"""The stages of the pipeline as a table: what decides each one's result, where it writes, what it needs first.
+
+No torch here: the plan is read to find out that there is nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmrec.config import Config, Retrieval
+
+RECIPES = {"dataset": "recipes/datasets", "retriever": "recipes/retrievers", "ranker": "recipes/rankers", "recipe": "recipes/orpo"}
+NOT_SEMANTIC = {"save_steps", "report_to"}  # settings that change no result
+
+DATA = ("dataset", "runs", "seed", "source", "filter", "split")
+RETRIEVER = (*DATA, "retriever", "retrieval", "model", "training", "lightfm")
+RANKER = (*RETRIEVER, "ranker", "recipe", "variant", "limit_users", "base", "prompt", "pairs")
+
+
+def dataset_name(config: Config) -> str:
+    """`ml-100k` for the recipe of that name, the file's stem for a path."""
+    return Path(config.dataset).stem if config.dataset.endswith((".yaml", ".yml")) else config.dataset
+
+
+def retriever_name(config: Config) -> str:
+    """Name of the retriever's run folder."""
+    stem = Path(config.retriever).stem if config.retriever.endswith((".yaml", ".yml")) else config.retriever
+    return stem + (f".seed{config.seed}" if config.seed else "")
+
+
+def ranker_name(config: Config) -> str:
+    """NAME of the contract: RETRIEVER.RANKER[.VARIANT][.seedN]."""
+    retriever = retriever_name(replace(config, seed=0))
+    ranker = Path(config.ranker).stem if config.ranker.endswith((".yaml", ".yml")) else config.ranker
+    parts = [retriever, ranker, config.variant, f"seed{config.seed}" if config.seed else None]
+    return ".".join(part for part in parts if part)
+
+
+def recipe_files_of(config: Config, options: tuple[str, ...]) -> dict[str, str]:
+    """The recipes that a command with these options reads: kind of recipe -> name or path."""
+    chosen = {}
+    for option, kind in RECIPES.items():
+        if option in options:
+            value = str(asdict(config)[option])
+            is_path = value.endswith((".yaml", ".yml"))
+            chosen[kind] = value if is_path or option != "retriever" else value.split(".")[0]
+    return chosen
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: the command and the folder.
+        options: the fields of `Config` that the command accepts.
+        decides: gives the settings that its result depends on.
+        folder: gives the name of its run folder, or None where a stage has one folder per data set.
+        needs: gives the stages it reads, each with the config that made it.
+        uses_base: whether the base model's weights are an input.
+        schema: raised when the stage's output changes for the same settings.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    decides: Callable[[Config], dict[str, Any]]
+    folder: Callable[[Config], str | None]
+    needs: Callable[[Config], list[tuple[str, Config]]]
+    uses_base: bool = False
+    schema: int = 1
+
+
+def _settings(config: Config, *keys: str) -> dict[str, Any]:
+    """The semantic settings under `keys`, flattened to dotted names."""
+
+    def flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, below in value.items():
+                if key not in NOT_SEMANTIC:
+                    yield from flatten(below, f"{name}.{key}" if name else key)
+        else:
+            yield name, value
+
+    values = asdict(config)
+    return dict(flatten({key: values[key] for key in keys}, ""))
+
+
+def _prepare(config: Config) -> dict[str, Any]:
+    settings = _settings(config, "source", "filter", "split")
+    described = {
+        k: v for k, v in settings.items() if not k.startswith(("source.urls", "source.checksums", "source.wheel", "source.licence"))
+    }
+    return described | ({"seed": config.seed} if config.split.ties == "random" else {})
+
+
+def _retrieve(config: Config) -> dict[str, Any]:
+    sections = {"sequence": ("model", "training"), "lightfm": ("lightfm",), "popularity": ()}[config.retrieval.kind]
+    return _settings(config, "retrieval", *sections, *(["seed"] if sections else []))
+
+
+def lightfm_config(config: Config) -> Config:
+    """The config of the LightFM run that supplies the losers of the preference pairs."""
+    own = config.retrieval.kind == "lightfm"
+    retrieval = Retrieval(kind="lightfm", candidates=config.retrieval.candidates, repeats=config.retrieval.repeats)
+    return config if own else replace(config, retriever="lightfm", retrieval=retrieval)
+
+
+def _before_pairs(config: Config) -> list[tuple[str, Config]]:
+    need = [("prepare", config), ("retrieve", config)]
+    if config.pairs.lightfm != "none" and config.retrieval.kind != "lightfm":
+        need.append(("retrieve", lightfm_config(config)))
+    return need
+
+
+def _before_evaluate(config: Config) -> list[tuple[str, Config]]:
+    return [("prepare", config), ("retrieve", config), ("pairs", config), *_adapters(config)]
+
+
+def _adapters(config: Config) -> list[tuple[str, Config]]:
+    return [("sft", config), ("orpo", config)] if config.orpo.start == "sft" else [("orpo", config)]
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("prepare", DATA, _prepare, lambda c: None, lambda c: []),
+        Stage("retrieve", RETRIEVER, _retrieve, retriever_name, lambda c: [("prepare", c)]),
+        Stage(
+            "pairs",
+            RANKER,
+            lambda c: _settings(c, "prompt", "pairs", "limit_users", "seed", "base"),
+            ranker_name,
+            _before_pairs,
+            uses_base=True,
+        ),
+        Stage(
+            "sft",
+            (*RANKER, "lora", "sft"),
+            lambda c: _settings(c, "base", "lora", "sft", "seed"),
+            ranker_name,
+            lambda c: [("pairs", c)],
+            uses_base=True,
+        ),
+        Stage(
+            "orpo",
+            (*RANKER, "lora", "sft", "orpo"),
+            lambda c: _settings(c, "base", "lora", "orpo", "seed"),
+            ranker_name,
+            lambda c: [("pairs", c), *([("sft", c)] if c.orpo.start == "sft" else [])],
+            uses_base=True,
+        ),
+        Stage(
+            "evaluate",
+            (*RANKER, "lora", "sft", "orpo", "evaluation"),
+            lambda c: _settings(c, "base", "prompt", "evaluation", "limit_users", "seed"),
+            ranker_name,
+            _before_evaluate,
+            uses_base=True,
+        ),
+    )
+}
+
+
+def run_folder(stage: str, config: Config) -> Path:
+    """`runs/<dataset>/<stage>[/<name>]`."""
+    path = Path(config.runs) / dataset_name(config) / stage
+    name = STAGES[stage].folder(config)
+    return path / name if name else path
+
+
+def upstream(stage: str, config: Config) -> list[tuple[str, Config]]:
+    """All stages that `stage` rests on, each once, in the order in which they have to run."""
+    found: dict[Path, tuple[str, Config]] = {}
+    for name, its_config in STAGES[stage].needs(config):
+        for below in upstream(name, its_config):
+            found.setdefault(run_folder(*below), below)
+        found.setdefault(run_folder(name, its_config), (name, its_config))
+    return list(found.values())

@@ -1,0 +1,121 @@
+"""Run one stage, or a stage and everything it rests on; say what a run would do.
+
+Each stage of a chain has a process of its own: its memory is given back, its peak is its own, and it starts under the
+allocator settings that suit it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from llmrec import allocator, runs
+from llmrec.config import Config
+from llmrec.errors import StageFailed
+from llmrec.runs import Run, say
+from llmrec.stages import STAGES, forecast, inputs, run_folder, upstream
+
+
+def one(stage: str, config: Config, *, force: bool = False) -> dict[str, Any]:
+    """Run a stage unless it is up to date.
+
+    Returns:
+        What the command prints as its last line.
+
+    Raises:
+        UserError: a mistake the user can mend.
+    """
+    from llmrec.cli import stage_function
+
+    run = runs.plan(stage, config, inputs.fingerprints(stage, config))
+    if run.up_to_date and not force:
+        say(f"{run.folder}: up to date")
+        return outcome(run, "up to date")
+    if not force:
+        runs.refuse_overwrite(run)
+    say(f"{stage}: {forecast.of(stage, config)} -> {run.folder}")
+    with runs.working(run):
+        stage_function(stage)(run)
+    say(f"{run.folder}: made in {run.seconds:.0f} s, peak memory {runs.peak_memory_mb()} MB")
+    return outcome(run, "made")
+
+
+def chain(stage: str, config: Config, *, force: bool = False) -> dict[str, Any]:
+    """Run the stages that `stage` rests on and then it, each in a process of its own; skip what is up to date.
+
+    Args:
+        stage: the last stage.
+        config: all settings.
+        force: make `stage` again, and the stages before it whose folders were made differently.
+    """
+    steps = [*upstream(stage, config), (stage, config)]
+    made = []
+    for name, its_config in steps:
+        run = runs.plan(name, its_config, inputs.fingerprints(name, its_config))
+        last = name == stage
+        if run.up_to_date and not (force and last):
+            continue
+        if not force:
+            runs.refuse_overwrite(run)
+        _run_in_process(name, its_config, force=force)
+        made.append(str(run.folder))
+    run = runs.plan(stage, config, inputs.fingerprints(stage, config))
+    summary = run.folder / "summary.txt"
+    if not made:
+        say(f"nothing to do: {', '.join(name for name, _ in steps)} are up to date")
+        if summary.exists():
+            print(summary.read_text())
+    return outcome(run, "made" if made else "up to date")
+
+
+def dry_run(stage: str, config: Config) -> dict[str, Any]:
+    """Say what `chain` would do, without doing it."""
+    steps = []
+    stale = False
+    for name, its_config in [*upstream(stage, config), (stage, config)]:
+        folder = run_folder(name, its_config)
+        missing = inputs.missing(name, its_config)
+        state = "would be made"
+        if not stale and not missing:
+            run = runs.plan(name, its_config, inputs.fingerprints(name, its_config))
+            state = {None: "would be made", "": "up to date"}.get(run.made_from, f"was made with {run.made_from}: --force or another name")
+        estimate = forecast.of(name, its_config)
+        say(f"{name:<9}{folder}: {state}{f' ({estimate})' if state == 'would be made' else ''}{f'; fetches {missing}' if missing else ''}")
+        stale = stale or state != "up to date"
+        steps.append({"stage": name, "folder": str(folder), "state": state} | (asdict(estimate) if state == "would be made" else {}))
+    return {"command": stage, "status": "dry run", "steps": steps}
+
+
+def outcome(run: Run, status: str) -> dict[str, Any]:
+    """The JSON line of a stage command."""
+    made = runs.read_stage(run.folder) or {}
+    report = run.folder / "report.html"
+    found = {"command": run.stage.name, "status": status, "folder": str(run.folder), "fingerprint": run.fingerprint}
+    return (
+        found
+        | {"seconds": made.get("seconds"), "headline": made.get("headline", {})}
+        | ({"report": str(report)} if report.exists() else {})
+    )
+
+
+def _run_in_process(stage: str, config: Config, *, force: bool) -> None:
+    """Run a stage as the command a user would type, with all settings in one file."""
+    values = asdict(config)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        yaml.safe_dump({key: values[key] for key in STAGES[stage].options}, file)
+        file.flush()
+        command = [sys.executable, "-m", "llmrec", stage, "--config", file.name, *(["--force"] if force else [])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**allocator.SETTINGS, **os.environ}, check=False)
+    *text, line = done.stdout.splitlines() or [""]
+    if text:
+        print("\n".join(text), flush=True)
+    if done.returncode:
+        raise StageFailed(done.returncode)
+    json.loads(line)

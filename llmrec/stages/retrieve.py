@@ -1,0 +1,135 @@
+"""retrieve: train a retriever, write every user's candidates and the rank of his target among all items."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from llmrec import runs
+from llmrec.config import Config
+from llmrec.data.sequences import Cases, Sequences
+from llmrec.data.tables import load_sequences, load_statistics
+from llmrec.evaluation import metrics, protocol
+from llmrec.runs import Run, say
+
+
+def retrieve(run: Run) -> None:
+    """Train the retriever on the training part and rank the catalogue for the validation and test users.
+
+    Reads `prepare`. Writes model.safetensors, candidates.parquet, per_user.parquet, metrics.json.
+    """
+    from safetensors.torch import save_file
+
+    from llmrec.retrievers import candidates
+
+    config = run.config
+    sequences = load_sequences(run.input("prepare"))
+    scorer, state, trained = _train(config, sequences, run)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, run.work / "model.safetensors")
+
+    tables, per_user, result = [], [], {}
+    batch = candidates.rows_per_batch(sequences.item_count)
+    for split in ("valid", "test"):
+        cases = sequences.cases(split)
+        ranked = candidates.rank(scorer, sequences, cases, config.retrieval.candidates, repeats=config.retrieval.repeats, batch=batch)
+        result[split] = metrics.summary(ranked.target_rank)
+        result[f"{split}_masked"] = metrics.summary(ranked.target_rank_masked)
+        tables.append(_candidate_table(cases, ranked))
+        per_user.append(_per_user(cases, ranked.target_rank))
+    pl.concat(tables).write_parquet(run.work / "candidates.parquet")
+    pl.concat(per_user).write_parquet(run.work / "per_user.parquet")
+
+    facts = load_statistics(run.input("prepare"))
+    card = protocol.card(
+        config,
+        data_fingerprint=run.inputs[str(run.input("prepare"))],
+        ambiguous_targets=facts["ambiguous_targets"]["test"],
+        users_evaluated=len(cases),
+        candidate_set=f"all {sequences.item_count} items",
+        history_masked=False,
+    )
+    trained["train"]["peak_memory_mb"] = runs.peak_memory_mb()
+    runs.write_json(run.work / "metrics.json", {"protocol": asdict(card), **result, **trained})
+    run.headline = {name: result["test"][name] for name in ("hr@10", "ndcg@10")}
+    shown = "; ".join(f"{name.replace('_', ' ')} HR@10 {m['hr@10']:.4f} NDCG@10 {m['ndcg@10']:.4f}" for name, m in result.items())
+    say(f"full ranking of {sequences.item_count:,} items: {shown}")
+
+
+def _train(config: Config, sequences: Sequences, run: Run) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The trained retriever, its tensors, and what metrics.json says of model and training."""
+    import time
+
+    import torch
+
+    from llmrec.retrievers import training
+    from llmrec.retrievers.lightfm import LightFM
+    from llmrec.retrievers.popularity import Popularity
+
+    begun = time.perf_counter()
+    if config.retrieval.kind == "sequence":
+        model = sequence_model(config, sequences.item_count)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        progress = training.train(model, sequences, config.training, sequences.cases("valid"), run.checkpoints, config.seed)
+        say(f"best epoch {progress.best_epoch} of {progress.epoch}, {progress.seconds / progress.epoch:.1f} s per epoch")
+        trained = {"epochs": progress.epoch, "best_epoch": progress.best_epoch, "seconds": round(progress.seconds, 1)}
+        trained |= {"seconds_per_epoch": round(progress.seconds / progress.epoch, 2), "log": progress.log}
+        scorer = training.SequenceScorer(model, config.training.max_length)
+        return scorer, model.state_dict(), {"parameters": model.parameter_counts(), "train": trained}
+    simple: LightFM | Popularity
+    if config.retrieval.kind == "lightfm":
+        simple, epochs = LightFM.fit(sequences, config.lightfm, config.seed, run.checkpoints), config.lightfm.epochs
+    else:
+        simple, epochs = Popularity.fit(sequences), 1
+    seconds = time.perf_counter() - begun
+    trained = {"epochs": epochs, "seconds": round(seconds, 1), "seconds_per_epoch": round(seconds / max(1, epochs), 2)}
+    total = sum(tensor.numel() for tensor in simple.state().values())
+    return simple, simple.state(), {"parameters": {"total": total, "non_embedding": 0}, "train": trained}
+
+
+def sequence_model(config: Config, item_count: int) -> Any:
+    """A fresh sequence model, its weights drawn from the seed."""
+    import torch
+
+    from llmrec.retrievers.sequence_model import SequenceModel
+
+    torch.manual_seed(config.seed)
+    return SequenceModel(config.model, item_count, config.training.max_length)
+
+
+def load(folder: Path, config: Config, item_count: int) -> Any:
+    """A finished retriever, ready to score (see `candidates.Scorer`)."""
+    from safetensors.torch import load_file
+
+    from llmrec.retrievers.lightfm import LightFM
+    from llmrec.retrievers.popularity import Popularity
+    from llmrec.retrievers.training import SequenceScorer
+
+    state = load_file(folder / "model.safetensors")
+    if config.retrieval.kind == "sequence":
+        model = sequence_model(config, item_count)
+        model.load_state_dict(state)
+        return SequenceScorer(model, config.training.max_length)
+    return LightFM(**state) if config.retrieval.kind == "lightfm" else Popularity(**state)
+
+
+def _candidate_table(cases: Cases, ranked: Any) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "user": cases.users,
+            "split": [cases.split] * len(cases),
+            "target": cases.targets,
+            "target_rank": ranked.target_rank.astype(np.int32),
+            "target_rank_masked": ranked.target_rank_masked.astype(np.int32),
+            "items": pl.Series(ranked.items, dtype=pl.List(pl.Int32)),
+            "scores": pl.Series(ranked.scores, dtype=pl.List(pl.Float32)),
+        }
+    )
+
+
+def _per_user(cases: Cases, ranks: np.ndarray) -> pl.DataFrame:
+    columns = {"user": cases.users, "split": [cases.split] * len(cases), "rank": ranks.astype(np.int32)}
+    return pl.DataFrame(columns | metrics.per_user(ranks))
