@@ -99,7 +99,8 @@ class PromptWriter:
         Raises:
             UserError: the text holds a control token that the tokenizer cannot be kept from reading.
         """
-        ids = self._plain(prompt)
+        # split_special_tokens: "</s>" in a title is four characters, not the end of the sequence
+        ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
         if not self._control_ids.isdisjoint(ids):
             found = sorted({str(self.tokenizer.convert_ids_to_tokens(i)) for i in self._control_ids.intersection(ids)})
             raise UserError(
@@ -133,10 +134,6 @@ class PromptWriter:
     def title(self, item: int) -> str:
         """The title as prompts show it: cleaned, without the year if so configured, cut to `config.title_tokens`."""
         return self._title(item, self.config.title_tokens)[0]
-
-    def _plain(self, text: str) -> list[int]:
-        # split_special_tokens: "</s>" in a title is five characters, not the end of the sequence
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
     def _title(self, item: int, cap: int) -> tuple[str, int]:
         """Title cut to `cap` tokens between two characters, and its number of tokens."""

@@ -55,6 +55,14 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged ({error}): delete the folder {folder} and make it again") from error
 
 
+def fingerprint_of(folder: Path) -> str:
+    """The fingerprint of a finished folder."""
+    made = read_stage(folder)
+    if made is None:
+        raise UserError(f"{folder} is not there: make it first")
+    return made["fingerprint"]
+
+
 @dataclass
 class Run:
     """One stage's run: where it writes, and whether there is anything to do.

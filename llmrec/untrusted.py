@@ -17,7 +17,7 @@ _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2581\u3164\ufe00-\ufe0
 _SPACES = re.compile(r"\s+")
 _SECTION = re.compile(r"#{2,}")  # "### Response:"
 _TAG = re.compile(r"<(?=[^\s<>][^<>]*>)")  # <s> </s> <|im_start|> <<SYS>> <0x0A>, known to this tokenizer or not
-_MARKER = re.compile(r"\(\s*([^\W_]|\d{1,2})\s*\)")  # (A) (7) (12); but not (500) or (1999)
+_MARKER = re.compile(r"(?<!\w)\(\s*([^\W_]|\d{1,2})\s*\)")  # (A) (7) (12); but not (500), (1999) or platform(s)
 _CHAT_MARKS = ("[INST]", "[/INST]")
 
 

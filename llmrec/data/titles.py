@@ -39,7 +39,7 @@ def readable(title: str) -> str:
     "The City of Lost Children (La Cité des enfants perdus) (1995)"; "(a.k.a. Odessa File, The)" keeps its a.k.a.
     """
     parts = _PARENTHESES.split(clean(title))
-    return "".join(f"({_alias(part[1:-1])})" if _PARENTHESES.fullmatch(part) else _article_first(part) for part in parts)
+    return "".join(f"({_alias(part[1:-1].strip())})" if _PARENTHESES.fullmatch(part) else _article_first(part) for part in parts)
 
 
 def without_year(title: str) -> str:

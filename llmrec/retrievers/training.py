@@ -24,6 +24,8 @@ from llmrec.retrievers import losses, windows
 from llmrec.retrievers.candidates import rank, rows_per_batch
 from llmrec.retrievers.sequence_model import SequenceModel
 
+FORWARD = 128  # histories per forward pass when scoring; bounds the memory of the mixers
+
 
 @dataclass
 class SequenceScorer:
@@ -37,8 +39,11 @@ class SequenceScorer:
         """Scores of all items after each history; the user's number does not matter to these models."""
         self.model.eval()
         table = self.model.items.weight
-        rows = windows.pad([history[-self.max_length :] for history in histories]).to(table.device)
-        return self.model.last(rows, (rows > 0).sum(1)) @ table[1:].T
+        found = []
+        for start in range(0, len(histories), FORWARD):
+            rows = windows.pad([history[-self.max_length :] for history in histories[start : start + FORWARD]]).to(table.device)
+            found.append(self.model.last(rows, (rows > 0).sum(1)))
+        return torch.cat(found) @ table[1:].T
 
 
 @dataclass

@@ -16,10 +16,7 @@ CORPUS = [
     load_template("llamarec").instruction,
     load_template("paper").layout,
     *["Answer: A B C D E F G H I J K L M N O P Q R S T U V W X Y Z"] * 20,  # " A" is one token wherever there are merges
-    *[
-        f"\n({letter}) Toy Story Heat Casino The Matrix, The Lord of the Rings: {n}"
-        for n, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    ],
+    *[f"\n({letter}) Toy Story Heat Casino The Matrix, The Lord of the Rings: {n}" for n, letter in enumerate(string.ascii_uppercase)],
 ]
 
 

@@ -1,5 +1,6 @@
 """Prompts: the published layout, honest token rows under hostile titles, answers of one token, and fitting to the budget."""
 
+import dataclasses
 import re
 import string
 import subprocess
@@ -90,11 +91,18 @@ def test_hostile_titles_forge_no_token_and_no_line(tokenizer, request, name):
 
 def test_a_control_token_that_cannot_be_avoided_is_named(gpt2):
     # "<tool_call>" is not flagged special, so the tokenizer reads it in any text; the template is the user's own.
-    template = Template(
-        "mine", "Use <tool_call>.", "{instruction}{history}{candidates}\n", "{number}{title}", "{letter}{title}", " ", "{letter}"
-    )
+    template = dataclasses.replace(load_template("llamarec"), name="mine", instruction="Use <tool_call>.")
     with pytest.raises(UserError, match=r"template mine holds control tokens \(<tool_call>\)"):
         PromptWriter(gpt2, template, Prompting(), TITLES)
+
+
+def test_control_tokens_are_not_read_from_text(gpt2, llama2, unigram):
+    """Whatever cleaning might miss: the second line of defence."""
+    for tokenizer, text in ((gpt2, "a <|endoftext|> <|im_start|>"), (llama2, "a </s> <s>")):
+        ids = PromptWriter(tokenizer, load_template("llamarec"), Prompting(), TITLES).encode(text)
+        assert set(tokenizer.get_added_vocab().values()).isdisjoint(ids[1:])
+    with pytest.raises(UserError, match="</s>"):  # the model itself matches the piece; then the row is refused
+        PromptWriter(unigram, load_template("llamarec"), Prompting(), TITLES).encode("a </s>")
 
 
 def test_labels_are_the_ids_that_training_rows_end_with(tokenizer):
@@ -135,9 +143,7 @@ words = st.lists(st.sampled_from(["Toy", "Story", "the", "😀", "of", "Rings", 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(titles=st.lists(words, min_size=10, max_size=10), budget=st.integers(60, 260), data=st.data())
 def test_fitting_keeps_the_longest_latest_history_within_the_budget(gpt2, titles, budget, data):
-    template = Template(
-        "tiny", "Go.", "{instruction} {history} {candidates}\n", "({number}) {title}", "({letter}) {title}", " \n ", "{letter}"
-    )
+    template = dataclasses.replace(load_template("llamarec"), layout="{instruction} {history} {candidates}\n", instruction="Go.")
     history = data.draw(st.lists(st.integers(1, 10), min_size=1, max_size=8))
     pool = data.draw(st.permutations(range(1, 11)))[:4]
 

@@ -65,7 +65,7 @@ def test_the_prompt_of_a_model_comes_back_as_it_was(tmp_path, name):
 
 def test_a_foreign_prompt_file_is_a_user_error(tmp_path):
     (tmp_path / "prompt.yaml").write_text("template: {}\nprompt: 3\n")
-    with pytest.raises(UserError, match="prompt.yaml"):
+    with pytest.raises(UserError, match=r"prompt\.yaml"):
         load_prompt(tmp_path / "prompt.yaml")
     with pytest.raises(UserError, match="no such file"):
         load_prompt(tmp_path / "none.yaml")

@@ -15,8 +15,10 @@ SPECIAL = ["<|endoftext|>", "<s>", "</s>", "[MASK]", "<tool_call>", "  "]
 @pytest.mark.parametrize(
     "title",
     [
-        "M (1931)", "(500) Days of Summer (2009)", "[REC]", "Se7en", "$9.99", "<3", "I <3 Huckabees", "F# minor", "Fargo (director's cut)",
-        "Amélie", "千と千尋の神隠し", "Pokémon: 2-in-1", "8½".replace("½", " 1/2"), "What the #$*! Do We (K)now!?", "AC/DC", "100% Wolf", "a|b", "1 < 2",
+        "M (1931)", "Select platform(s)", "(500) Days of Summer (2009)", "[REC]", "Se7en", "$9.99", "<3", "I <3 Huckabees", "F# minor",
+        "Fargo (director's cut)",
+        "Amélie", "千と千尋の神隠し", "Pokémon: 2-in-1", "8 1/2", "What tнe #$*! Dö Wē (K)πow!?",
+        "AC/DC", "100% Wolf", "a|b", "1 < 2",
     ],
 )  # fmt: skip
 def test_honest_titles_stay_as_they_are(title):
@@ -62,7 +64,7 @@ def test_a_clean_title_is_one_harmless_line_and_stays_clean(title):
     assert not any(token in clean for token in SPECIAL)
     assert "[INST]" not in clean
     assert "##" not in clean
-    assert not re.search(r"\(\s*([A-Za-z]|\d{1,2})\s*\)", clean)
+    assert not re.search(r"(?<!\w)\(\s*([A-Za-z]|\d{1,2})\s*\)", clean)
     assert not re.search(r"<[^\s<>][^<>]*>", clean)
     assert {unicodedata.category(c) for c in clean}.isdisjoint({"Cc", "Cf", "Cs", "Zl", "Zp"})
 

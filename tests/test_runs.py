@@ -1,0 +1,129 @@
+"""Run folders: complete or absent, fingerprints that see what matters, errors that say what to do."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from llmrec import runs
+from llmrec.config import Config, Filter, Training
+from llmrec.errors import UserError
+from llmrec.stages import STAGES, ranker_name, run_folder, upstream
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(runs=str(tmp_path / "runs"))
+
+
+def make(stage, config, sources=None):
+    run = runs.plan(stage, config, sources or {})
+    with runs.working(run):
+        (run.work / "result.txt").write_text("done")
+        (run.checkpoints / "last").write_text("checkpoint")
+    return run
+
+
+def test_a_finished_folder_is_complete_and_up_to_date(config):
+    run = make("prepare", config)
+    assert {path.name for path in run.folder.iterdir()} == {"result.txt", "stage.json"}
+    assert [path.name for path in run.folder.parent.iterdir()] == ["prepare"]
+    assert runs.plan("prepare", config, {}).up_to_date
+    made = json.loads((run.folder / "stage.json").read_text())
+    assert {"fingerprint", "settings", "inputs", "versions", "git", "seed", "seconds", "peak_memory_mb", "status"} <= made.keys()
+
+
+def test_a_failed_stage_leaves_no_folder_and_its_checkpoints_are_found_again(config):
+    run = runs.plan("prepare", config, {})
+    with pytest.raises(RuntimeError), runs.working(run):
+        (run.checkpoints / "last").write_text("epoch 3")
+        raise RuntimeError
+    assert not run.folder.exists()
+    with runs.working(runs.plan("prepare", config, {})) as again:
+        assert (again.checkpoints / "last").read_text() == "epoch 3"
+
+
+def test_checkpoints_of_other_settings_are_not_taken_up(config):
+    run = runs.plan("prepare", config, {})
+    with pytest.raises(RuntimeError), runs.working(run):
+        (run.checkpoints / "last").write_text("epoch 3")
+        raise RuntimeError
+    with runs.working(runs.plan("prepare", replace(config, filter=Filter(core=9)), {})) as other:
+        assert not (other.checkpoints / "last").exists()
+
+
+def test_a_remake_that_fails_leaves_the_old_folder(config):
+    folder = make("prepare", config).folder
+    changed = runs.plan("prepare", replace(config, filter=Filter(core=9)), {})
+    with pytest.raises(RuntimeError), runs.working(changed):
+        raise RuntimeError
+    assert (folder / "result.txt").read_text() == "done"
+    assert runs.plan("prepare", config, {}).up_to_date
+
+
+def test_other_settings_are_not_overwritten_silently(config):
+    make("prepare", config)
+    run = runs.plan("prepare", replace(config, filter=Filter(core=9)), {})
+    assert not run.up_to_date
+    with pytest.raises(UserError, match=r"filter\.core=5 \(now 9\).*--force"):
+        runs.refuse_overwrite(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"training": Training(batch=3)}, False),
+        ({"seed": 4}, False),
+        ({"limit_users": 3}, True),
+        ({"variant": "b"}, True),
+    ],
+)
+def test_a_stage_sees_the_settings_that_decide_it_and_no_others(config, change, same):
+    make("prepare", config)
+    before, after = (runs.plan("retrieve", c, {}).fingerprint for c in (config, replace(config, **change)))
+    assert (before == after) == same
+
+
+def test_new_inputs_make_a_stage_stale(config):
+    make("prepare", config, {"ratings": "a"})
+    make("retrieve", config)
+    make("prepare", config, {"ratings": "b"})
+    assert "another" in runs.plan("retrieve", config, {}).made_from
+
+
+def test_a_missing_input_names_the_command_that_makes_it(config):
+    with pytest.raises(UserError, match="run `llmrec prepare --dataset ml-100k` first"):
+        runs.plan("retrieve", config, {})
+
+
+def test_an_unwritable_folder_is_one_clear_error(tmp_path):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    config = Config(runs=str(tmp_path / "runs"))
+    with pytest.raises(UserError, match="cannot write .*--runs"):
+        make("prepare", config)
+
+
+def test_a_full_disk_is_one_clear_error(config):
+    run = runs.plan("prepare", config, {})
+    with pytest.raises(UserError, match="no space left"), runs.working(run):
+        raise OSError(28, "No space left on device")
+    assert not run.folder.exists()
+
+
+def test_names_and_order_follow_the_contract():
+    config = Config(retriever="sasrec", ranker="llamarec-smollm2-135m", variant="long", seed=3, runs="r")
+    assert ranker_name(config) == "sasrec.llamarec-smollm2-135m.long.seed3"
+    assert [str(run_folder(stage, c)) for stage, c in upstream("evaluate", config)] == [
+        "r/ml-100k/prepare",
+        "r/ml-100k/retrieve/sasrec.seed3",
+        "r/ml-100k/retrieve/lightfm.seed3",
+        "r/ml-100k/pairs/sasrec.llamarec-smollm2-135m.long.seed3",
+        "r/ml-100k/sft/sasrec.llamarec-smollm2-135m.long.seed3",
+        "r/ml-100k/orpo/sasrec.llamarec-smollm2-135m.long.seed3",
+    ]
+
+
+def test_every_stage_accepts_what_its_inputs_need():
+    for stage in STAGES.values():
+        for name, _ in stage.needs(Config()):
+            assert set(STAGES[name].options) <= set(stage.options)
