@@ -90,6 +90,7 @@ def _open(archive: Path) -> Iterator[list[Member]]:
             _refuse(archive, special, "is no plain file")
             yield [Member(info.filename, info.file_size, lambda info=info: zipped.open(info)) for info in infos]  # type: ignore[misc]
     else:
+        check_gzip(archive)  # tarfile does not look at what follows its last member
         with tarfile.open(archive, "r:gz") as tarred:
             entries = [entry for entry in tarred if not entry.isdir()]
             _refuse(archive, [entry.name for entry in entries if not entry.isfile()], "is no plain file")

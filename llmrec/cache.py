@@ -72,6 +72,11 @@ def _sha256(path: Path) -> str:
 
 
 def in_data_folder(name: str, complete: Complete, licence: str | None) -> Asset | None:
+    """What a user has put into `$LLMREC_DATA/<name>`, or None when there is no such folder.
+
+    Raises:
+        UserError: when a file is missing in it.
+    """
     data = os.environ.get("LLMREC_DATA")
     if not data or not (Path(data) / name).is_dir():
         return None
@@ -80,6 +85,11 @@ def in_data_folder(name: str, complete: Complete, licence: str | None) -> Asset 
 
 
 def in_cache(kind: str, name: str, complete: Complete, licence: str | None) -> Asset | None:
+    """What was fetched before, or None.
+
+    Raises:
+        UserError: when a file is missing or no longer has the size it was fetched with.
+    """
     folder = cache_folder() / kind / name
     if not folder.is_dir():
         return None
@@ -93,10 +103,23 @@ def in_cache(kind: str, name: str, complete: Complete, licence: str | None) -> A
 
 
 def fetch_into_cache(kind: str, name: str, deliveries: list[Delivery], complete: Complete, licence: str | None, remedy: str) -> Asset:
-    """Take the first delivery that works into the cache: whole, or not at all."""
+    """Take the first delivery that works into the cache: whole, or not at all.
+
+    Args:
+        kind: "datasets" or "models".
+        name: of the folder.
+        deliveries: what to try, in this order.
+        complete: finds the files that count.
+        licence: one line, printed.
+        remedy: what the user can do when nothing works.
+
+    Raises:
+        UserError: when nothing works; it carries every reason and the remedy.
+    """
     folder = cache_folder() / kind / name
     reasons = []
     for origin, address, fetch in deliveries:
+        say(f"fetching {name} from {address}")
         try:
             with _landing(folder) as temporary:
                 fetch(temporary)
@@ -105,7 +128,7 @@ def fetch_into_cache(kind: str, name: str, deliveries: list[Delivery], complete:
             reasons.append(str(error))
             say(f"{name}: {error}")
         else:
-            say(f"fetched {name} from {address}. Licence: {licence or 'unknown'}")
+            say(f"{name} is in {folder}. Licence: {licence or 'unknown'}")
             return make_asset(folder, origin, complete(folder), licence)
     tried = "; ".join(reasons) or "no source answers"
     raise UserError(f"missing {kind.rstrip('s')} {name}: {tried}. To go on, {remedy}")
@@ -135,6 +158,7 @@ def _landing(folder: Path) -> Iterator[Path]:
 
 
 def make_asset(folder: Path, origin: Origin, files: list[Path], licence: str | None) -> Asset:
+    """An asset with the checksums of its files."""
     return Asset(folder, origin, {os.path.relpath(file, folder): file_sha256(file) for file in files}, licence)
 
 
@@ -151,6 +175,7 @@ def suggested_folder(kind: str, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when the file is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -158,10 +183,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(beside, path)
 
 
 def say(message: str) -> None:
+    """Tell the person at the terminal; stdout is for results."""
     print(f"llmrec: {message}", file=sys.stderr, flush=True)

@@ -12,8 +12,8 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
@@ -133,11 +133,20 @@ def read_settings(command: str, arguments: list[str]) -> tuple[Config, Namespace
     parser = _parser(command)
     shown = [argument for argument in arguments if argument not in ("-h", "--help") and not argument.startswith("--print_config")]
     names = _to_config(_parse(parser, shown, command), parser, command)
-    recipes = _recipes(names, command, parser)
-    given = [part for text in recipes for part in ("--config", text)]
-    parser.set_defaults({"config": None})
-    options = _parse(parser, [*given, *arguments], command)
+    for content in _recipes(names, command, parser):
+        parser.set_defaults(_flat(content, Config))
+    options = _parse(parser, arguments, command)
     return _to_config(options, parser, command), options
+
+
+def _flat(content: dict[str, Any], section: type, prefix: str = "") -> dict[str, Any]:
+    """Nested settings of a section by dotted name; an optional section (a wheel) is one setting."""
+    kinds = get_type_hints(section)
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        inner = kinds[key]
+        flat |= _flat(value, inner, f"{prefix}{key}.") if is_dataclass(inner) else {prefix + key: value}
+    return flat
 
 
 def _parser(command: str) -> ArgumentParser:
@@ -160,22 +169,22 @@ def _to_config(options: Namespace, parser: ArgumentParser, command: str) -> Conf
     return Config(**{name: values[name] for name in STAGES[command].options})
 
 
-def _recipes(names: Config, command: str, parser: ArgumentParser) -> list[str]:
-    """The settings in the named recipes that this command knows, as yaml texts in the order of precedence."""
-    texts = []
+def _recipes(names: Config, command: str, parser: ArgumentParser) -> list[dict[str, Any]]:
+    """The settings in the named recipes that this command knows, in the order of precedence."""
+    found = []
     for kind, name in recipe_files_of(names, STAGES[command].options).items():
         path = resources.find(kind, name)
         content = resources.read_yaml(path)
         for key in content:
             if key not in FIELDS or key in RECIPES:
                 raise UserError(f"{path}: unknown key '{key}'{_nearest(key, FIELDS)}")
-        text = yaml.safe_dump({key: value for key, value in content.items() if key in STAGES[command].options})
+        content = {key: value for key, value in content.items() if key in STAGES[command].options}
         try:
-            _parse(parser, ["--config", text], command)
+            _parse(parser, ["--config", yaml.safe_dump(content)], command)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        texts.append(text)
-    return texts
+        found.append(content)
+    return found
 
 
 def _parse(parser: ArgumentParser, arguments: list[str], command: str | None = None) -> Namespace:

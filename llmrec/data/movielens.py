@@ -13,7 +13,7 @@ import polars as pl
 
 from llmrec.config import Source
 from llmrec.data.files import locate
-from llmrec.data.rows import RawTables, checked, read_fields, reading
+from llmrec.data.rows import RawTables, checked, read_fields, reading, require_column
 from llmrec.data.titles import readable
 
 DOMAIN = "movies"
@@ -71,7 +71,9 @@ def _read_items(path: Path) -> pl.DataFrame:
         films = films.with_columns(text=pl.col("text").str.replace_all("|", ", ", literal=True))
     else:  # movies.csv quotes titles that hold a comma
         with reading(path):
-            films = pl.read_csv(path, infer_schema=False).rename({"movieId": "raw_item"})
-        films = films.with_columns(text=pl.col("genres").str.replace_all("|", ", ", literal=True))
+            films = pl.read_csv(path, infer_schema=False)
+        for column in ("movieId", "title", "genres"):
+            require_column(column, films.columns, path)
+        films = films.rename({"movieId": "raw_item"}).with_columns(text=pl.col("genres").str.replace_all("|", ", ", literal=True))
     titles = pl.Series("title", [None if title is None else readable(title) for title in films["title"]], dtype=pl.String)
     return films.with_columns(titles, domain=pl.lit(DOMAIN)).select("raw_item", "title", "domain", "text")

@@ -86,7 +86,10 @@ def read_lines(path: Path, encoding: Literal["utf-8", "latin-1"] = "utf-8") -> p
             new_columns=["line"],
             truncate_ragged_lines=True,
         )
-    return lines.select("line", pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias("row")).drop_nulls("line")
+    numbered = lines.select("line", pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias("row")).drop_nulls("line")
+    if numbered.is_empty():
+        raise UserError(f"{path} is empty: put the complete file there")
+    return numbered
 
 
 def read_fields(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from llmrec import assets
@@ -49,3 +50,11 @@ def base_folder(config: Config) -> Path:
     if not folder.exists():
         dequantise(quantised[0], folder)
     return folder
+
+
+def weights_origin(config: Config) -> str:
+    """Which weights these are, in one line for the cards: the publisher's, or a registry copy's."""
+    asset = model(config)
+    note = base_folder(config) / "weights.json"
+    described = json.loads(note.read_text())["weights"] if note.exists() else config.base.revision or "as published"
+    return f"{config.base.id}: {described} ({asset.origin})"

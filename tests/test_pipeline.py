@@ -1,0 +1,205 @@
+"""The whole pipeline on one's own csv files and a tiny language model, by the commands a user types."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+QUICK = [
+    *("--model.dim", "16", "--model.inner", "32", "--model.mixer.d_state", "8", "--training.epochs", "6", "--training.batch", "8"),
+    *("--lightfm.epochs", "3", "--lightfm.components", "8", "--prompt.candidates", "10", "--prompt.history", "5", "--base.dtype", "float32"),
+    *("--sft.batch", "2", "--orpo.batch", "2", "--sft.save_steps", "3", "--orpo.save_steps", "3", "--evaluation.resamples", "200"),
+]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory, tiny_llama):
+    """A folder with 200 lines of ratings, titles, and a data set recipe; 25 users who each go up through 20 items."""
+    folder = tmp_path_factory.mktemp("shop")
+    draw = random.Random(0)
+    ratings, minute = ["user,item,stars,when"], 0
+    for user in range(25):
+        first = draw.randrange(20)
+        for step in range(8):
+            minute += 1
+            ratings.append(f"u{user},i{(first + step) % 20},{draw.randint(1, 5)},{1_700_000_000_000 + minute * 60_000}")
+    assert len(ratings) == 201
+    (folder / "ratings.csv").write_text("\n".join(ratings) + "\n")
+    (folder / "titles.csv").write_text("item,name\n" + "".join(f"i{n},Film number {n} (19{n:02d})\n" for n in range(20)))
+    (folder / "shop.yaml").write_text(
+        "source:\n  format: csv\n  interactions: ratings.csv\n  items: titles.csv\n"
+        "  columns: {user: user, item: item, rating: stars, timestamp: when, title: name}\nfilter: {core: 2}\n"
+    )
+    return folder
+
+
+def command(stage, shop, tiny_llama, runs, *extra):
+    arguments = ["--dataset", "shop.yaml", "--runs", runs, "--base.id", str(tiny_llama), *QUICK, *extra]
+    return [sys.executable, "-m", "llmrec", stage, "--chain", *arguments]
+
+
+def environment(shop):
+    return {**os.environ, "LLMREC_HOME": str(shop / "cache"), "OMP_NUM_THREADS": "1", "LLMREC_OFFLINE": "1"}
+
+
+def run(stage, shop, tiny_llama, runs, *extra):
+    done = subprocess.run(command(stage, shop, tiny_llama, runs, *extra), cwd=shop, env=environment(shop), capture_output=True, text=True)
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(shop, tiny_llama):
+    done = run("evaluate", shop, tiny_llama, "whole")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def name(stage):
+    return f"shop/{stage}/2mamba4rec.llamarec-smollm2-135m"
+
+
+def test_it_ends_with_a_table_a_verdict_and_one_json_line(finished, shop):
+    *text, last = finished.stdout.splitlines()
+    outcome = json.loads(last)
+    assert outcome["status"] == "made"
+    assert (shop / outcome["report"]).stat().st_size > 10_000
+    text = "\n".join(text)
+    assert all(word in text for word in ("retriever", "sft", "orpo", "fused", "NDCG@10", "report.html"))
+
+
+def test_the_run_folders_hold_what_the_contract_says(finished, shop):
+    files = {
+        "shop/prepare": ["interactions.parquet", "items.parquet", "users.parquet", "metrics.json"],
+        "shop/retrieve/2mamba4rec": ["model.safetensors", "candidates.parquet", "per_user.parquet", "metrics.json"],
+        "shop/retrieve/lightfm": ["model.safetensors", "candidates.parquet", "per_user.parquet", "metrics.json"],
+        name("pairs"): ["sft.parquet", "preferences.parquet", "prompt.yaml", "README.md"],
+        name("sft"): ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "prompt.yaml", "README.md", "train_log.jsonl"],
+        name("orpo"): ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "prompt.yaml", "README.md", "train_log.jsonl"],
+        name("evaluate"): ["rankings.parquet", "per_user.parquet", "metrics.json", "report.html", "summary.txt"],
+    }
+    for folder, expected in files.items():
+        there = {path.name for path in (shop / "whole" / folder).iterdir()}
+        assert {*expected, "stage.json"} <= there
+        assert "checkpoints" not in there
+    assert not list((shop / "whole").rglob("*.partial"))
+
+
+def test_rankings_and_metrics_agree(finished, shop):
+    folder = shop / "whole" / name("evaluate")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    rankings = pl.read_parquet(folder / "rankings.parquet").filter(pl.col("split") == "test")
+    assert rankings.height == 25
+    for column, system in (("retriever_scores", "retriever"), ("ranker_scores", "orpo"), ("fused_scores", "fused")):
+        gains = []
+        for target, items, scores in rankings.select("target", "items", column).iter_rows():
+            own = scores[items.index(target)] if target in items else np.inf
+            rank = sum(score >= own for score in scores) if target in items else np.inf
+            gains.append(1 / np.log2(rank + 1) if rank <= 10 else 0)
+        assert metrics["overall"][system]["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-6)
+    hit = rankings.select(pl.col("items").list.contains(pl.col("target")).mean()).item()
+    assert metrics["bound"]["hr@20"] == pytest.approx(hit)
+    assert metrics["protocol"]["users_evaluated"] == 25
+
+
+def test_the_adapter_loads_with_plain_peft(finished, shop, tiny_llama):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = PeftModel.from_pretrained(base, shop / "whole" / name("orpo"))
+    assert model.peft_config["default"].base_model_name_or_path == str(tiny_llama)
+
+
+def test_a_second_run_does_nothing(finished, shop, tiny_llama):
+    before = {path: path.stat().st_mtime_ns for path in (shop / "whole").rglob("*") if path.is_file()}
+    done = run("evaluate", shop, tiny_llama, "whole")
+    assert done.returncode == 0
+    assert "nothing to do" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["status"] == "up to date"
+    assert before == {path: path.stat().st_mtime_ns for path in (shop / "whole").rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(finished, shop, tiny_llama):
+    done = run("evaluate", shop, tiny_llama, "elsewhere", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert [step["state"] for step in json.loads(done.stdout.splitlines()[-1])["steps"]] == ["would be made"] * 7
+    assert not (shop / "elsewhere").exists()
+    again = run("evaluate", shop, tiny_llama, "whole", "--dry_run", "--orpo.beta", "0.2")
+    states = [step["state"] for step in json.loads(again.stdout.splitlines()[-1])["steps"]]
+    assert states[:5] == ["up to date"] * 5
+    assert "orpo.beta=0.05 (now 0.2)" in states[5]
+
+
+def test_other_settings_need_a_name_or_force(finished, shop, tiny_llama):
+    done = run("sft", shop, tiny_llama, "whole", "--sft.learning_rate", "0.5")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "sft.learning_rate=0.0003 (now 0.5)" in done.stderr
+    assert "--variant" in done.stderr
+
+
+def comparable(folder: Path):
+    """Everything a pipeline wrote but seconds, memory and dates."""
+    found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    for path in folder.rglob("*.parquet"):
+        found[path.relative_to(folder)] = pl.read_parquet(path).to_dicts()
+    for path in folder.rglob("metrics.json"):
+        content = json.loads(path.read_text())
+        for key in ("latency", "train", "verdict", "seconds", "tokens_per_second", "peak_memory_mb"):
+            content.pop(key, None)
+        found[path.relative_to(folder)] = content
+    return found
+
+
+def test_killed_at_random_moments_it_ends_with_identical_results(finished, shop, tiny_llama):
+    draw = random.Random(os.environ.get("LLMREC_KILL_SEED", "7"))
+    killed = 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            command("evaluate", shop, tiny_llama, "killed"),
+            cwd=shop,
+            env=environment(shop),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(draw.uniform(4, 14))
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+            time.sleep(0.1)
+    assert killed >= 2
+    done = run("evaluate", shop, tiny_llama, "killed")
+    assert done.returncode == 0, done.stderr
+    whole, resumed = comparable(shop / "whole"), comparable(shop / "killed")
+    assert whole.keys() == resumed.keys()
+    for path, content in whole.items():
+        assert resumed[path] == content, path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt.budget", "20"], "budget"),
+        (["--base.id", "/no/such/model"], "missing base model"),
+        (["--lora.targets", "[no_such_layer]"], "no_such_layer"),
+    ],
+)
+def test_bad_settings_of_the_ranker_are_one_line(finished, shop, tiny_llama, arguments, message):
+    runs = shop / "whole"
+    done = run("sft", shop, tiny_llama, "whole", "--variant", "bad", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (runs / f"{name('sft')}.bad").exists()
