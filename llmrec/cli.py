@@ -16,7 +16,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from llmrec import allocator, resources
 from llmrec.config import Config
@@ -33,6 +33,8 @@ SUMMARY = {
     "runs": "list what exists, with its headline metric",
     "doctor": "print versions, devices, kernels and caches, and what is missing",
 }
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the texts under the settings of config.py are their help
+
 FIELDS = [field.name for field in fields(Config)]
 
 
@@ -101,7 +103,7 @@ def _overview() -> str:
 def _inspect(command: str, arguments: list[str]) -> None:
     from llmrec import inspection
 
-    parser = ArgumentParser(prog=f"llmrec {command}", description=SUMMARY[command], exit_on_error=False)
+    parser = ArgumentParser(prog=f"llmrec {command}", description=SUMMARY[command], exit_on_error=False, allow_abbrev=False)
     if command == "runs":
         parser.add_argument("--runs", default="runs", help="folder of the run folders")
     options = _parse(parser, arguments)
@@ -154,7 +156,7 @@ def _parser(command: str) -> ArgumentParser:
         prog=f"llmrec {command}",
         usage=f"llmrec {command} [--config FILE ...] [--key value ...]",
         description=SUMMARY[command],
-        exit_on_error=False,
+        exit_on_error=False, allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a yaml file of settings; may be given several times, later ones win")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, what is up to date and what it costs")

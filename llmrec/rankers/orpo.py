@@ -27,7 +27,6 @@ from llmrec.errors import UserError
 from llmrec.rankers.letters import last_logits, pad
 from llmrec.rankers.tuning import Sums, TrainResult, WindowTrainer, arguments, checked_rows, fit
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every trainer that is made
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # pyproject.toml pins the version instead
 
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -94,6 +93,9 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
             self.eval_dataset = {name: self._grouped(rows) for name, rows in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
             self.eval_dataset = self._grouped(self.eval_dataset)
+
+    def _send_telemetry(self) -> None:
+        """TRL reports every trainer that is made to its publisher; this one does not."""
 
     def tokenize_row(self, feature: dict[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
         """Token ids of one pair: the row's own where it has them, else TRL's tokenisation without the end of text."""

@@ -31,9 +31,9 @@ def fingerprints(stage: str, config: Config) -> dict[str, str]:
 
 def missing(stage: str, config: Config) -> str | None:
     """What a stage would have to fetch first, or None."""
-    if stage == "prepare":
-        return None if assets.is_local_dataset(dataset_name(config), config.source) else f"data set {dataset_name(config)}"
-    if STAGES[stage].uses_base and not assets.is_local_model(config.base.id, config.base.revision):
+    if stage == "prepare" and assets.find_dataset(dataset_name(config), config.source) is None:
+        return f"data set {dataset_name(config)}"
+    if STAGES[stage].uses_base and assets.find_model(config.base.id, config.base.revision) is None:
         return f"base model {config.base.id}"
     return None
 

@@ -31,6 +31,12 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Models this small spend their time waiting for threads otherwise."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=sorted(CONFIGS))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -9,12 +9,12 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.testing import assert_close
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from llmrec.config import Lora, Orpo
 from llmrec.errors import UserError
 from llmrec.rankers.backbone import with_lora
 from llmrec.rankers.orpo import SharedPromptORPOTrainer, orpo_loss, train_orpo
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 LETTERS = [21, 22, 23, 24]
 

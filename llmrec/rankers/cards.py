@@ -1,0 +1,99 @@
+"""The model card of a tuned adapter: README.md in the model hub's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmrec.config import Base
+
+METHODS = {
+    "sft": "supervised fine-tuning on the letter of the next item (LlamaRec, arXiv 2311.02089)",
+    "orpo": "ORPO on pairs of letters (arXiv 2403.07691), one forward pass per prompt",
+}
+
+
+def model_card(
+    *,
+    stage: str,
+    base: Base,
+    weights: str,
+    data: str,
+    data_licence: str | None,
+    rows: Mapping[str, Mapping[str, Any]],
+    lora: Mapping[str, Any],
+    tuning: Mapping[str, Any],
+    prompt: str,
+    result: Mapping[str, Any],
+) -> str:
+    """The card's Markdown.
+
+    Args:
+        stage: "sft" or "orpo".
+        base: the base model as published.
+        weights: which copy of its weights was tuned, in one line; a quantised copy is not the publisher's.
+        data: the data set and where the candidates come from.
+        data_licence: what the publisher of the data allows; None where nothing is known.
+        rows: facts of the training rows, "sft" and "preferences" (metrics.json of `pairs`).
+        lora: settings of the adapter.
+        tuning: settings of the optimisation.
+        prompt: name of the prompt template.
+        result: steps, seconds, tokens_per_second, peak_memory_mb and `final`, the last row of the log.
+    """
+    counted = rows["sft" if stage == "sft" else "preferences"]
+    final = {name: value for name, value in result["final"].items() if name not in {"step", "epoch", "seconds", "tokens"}}
+    settings = {**{f"lora {name}": value for name, value in lora.items()}, **tuning}
+    header = ["---", f"base_model: {base.id}", "library_name: peft", "pipeline_tag: text-generation", "tags: [lora, recommendation]"]
+    if base.licence:
+        header.append(f"license: {base.licence.lower()}")
+    revision = f', revision="{base.revision}"' if base.revision else ""
+    lines = [
+        *header,
+        "---",
+        f"# Ranker of recommendation candidates ({stage})",
+        "",
+        f"A LoRA adapter of {base.id}, tuned by {METHODS[stage]}.",
+        "It answers a prompt that lists a user's history and lettered candidates with the letter of the item it expects next.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| weights tuned | {_cell(weights)} |",
+        f"| licence of the base model | {_cell(base.licence or 'unknown')} |",
+        f"| data | {_cell(data)} |",
+        f"| licence of the data | {_cell(data_licence or 'unknown; ask the publisher of the data before you pass this on')} |",
+        *(f"| {name} | {value} |" for name, value in counted.items() if isinstance(value, int)),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base.id}"{revision})',
+        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+        "```",
+        "",
+        f"The prompt is in `prompt.yaml` (template `{prompt}`). Candidates are ordered by the log-probability of their letters after the",
+        "prompt's last token: `llmrec.rankers.letters.letter_logprobs`. Nothing is generated.",
+        "",
+        "## Training",
+        "",
+        f"{result['steps']} steps, {result['seconds']:g} s, {result['tokens_per_second']:,} prompt tokens/s, "
+        f"peak memory {result['peak_memory_mb']:,} MB.",
+        "",
+        "| setting | |",
+        "|---|---|",
+        *(f"| {name} | {_cell(value)} |" for name, value in settings.items()),
+        "",
+        "| at the last step | |",
+        "|---|---:|",
+        *(f"| {name} | {value:.5g} |" for name, value in final.items()),
+        "",
+        "What the adapter is worth is measured by the stage `evaluate`, not by these numbers.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")

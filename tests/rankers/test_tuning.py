@@ -1,0 +1,258 @@
+"""Training ends the same whether or not it is killed on the way, and follows settings and seed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from llmrec.config import Base, Lora, Orpo, Tuning
+from llmrec.errors import UserError
+from llmrec.rankers.backbone import load_base, save_adapter, with_lora
+from llmrec.rankers.orpo import train_orpo
+from llmrec.rankers.sft import LetterTrainer, collate, train_sft
+from llmrec.rankers.tuning import LengthGroups, arguments, last_complete_checkpoint
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "rankers.json"
+LETTERS = {"A": 33, "B": 34, "C": 35}
+TUNING = {"learning_rate": 1e-2, "warmup": 1, "epochs": 2, "batch": 2, "accumulation": 2, "save_steps": 2}
+
+
+def encode(prompt: str) -> list[int]:
+    return [40 + ord(character) % 80 for character in prompt]
+
+
+def rows(count: int = 14) -> list[dict[str, str]]:
+    """SFT rows and preference pairs in one, prompts of different lengths; two pairs share each prompt."""
+    return [
+        {
+            "prompt": "which one of these " * (1 + at // 2 % 2) + str(at // 2),
+            "completion": "ABC"[at % 3],
+            "chosen": "ABC"[at % 3],
+            "rejected": "ABC"[(at + 1 + at // 2 % 2) % 3],
+        }
+        for at in range(count)
+    ]
+
+
+def train(kind: str, base, tokenizer, folder: Path, dropout: float = 0.1, seed: int = 5, **changes):
+    model = with_lora(base, Lora(r=4, dropout=dropout), seed=seed)
+    if kind == "sft":
+        tuning = Tuning(**TUNING | {"epochs": 3} | changes)  # four steps an epoch
+        result = train_sft(model, rows(), tuning, folder, encode=encode, label_ids=LETTERS, seed=seed)
+    else:
+        result = train_orpo(
+            model, tokenizer, rows(28), Orpo(**TUNING | {"epochs": 3} | changes), folder, encode=encode, label_ids=LETTERS, seed=seed
+        )
+    save_adapter(model, folder / "adapter", Base())
+    return result, load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+KILLED_RUN = """
+import os, sys
+from pathlib import Path
+import transformers
+from transformers import TrainerCallback
+
+sys.path.insert(0, sys.argv[1])
+import test_tuning
+from llmrec.config import Base
+from llmrec.rankers.backbone import load_base, load_tokenizer
+from llmrec.rankers import tuning
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == int(sys.argv[5]):
+            os._exit(9)
+
+class LogThenKill(tuning.Log):
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control)
+        if state.global_step == int(sys.argv[5]):
+            os._exit(9)
+
+tuning.Log = LogThenKill
+test_tuning.train(sys.argv[2], load_base(sys.argv[3], Base(dtype="float32")), load_tokenizer(sys.argv[3]), Path(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize(("kind", "killed_at"), [("sft", 7), ("orpo", 5)])
+def test_a_killed_run_goes_on_to_the_same_adapter_and_log(kind, killed_at, saved_llama, tokenizer, tmp_path):
+    """Killed inside the second epoch, between two checkpoints, the later of which is then cut off as well."""
+    whole = tmp_path / "whole"
+    expected_result, expected = train(kind, load_base(saved_llama, Base(dtype="float32")), tokenizer, whole)
+
+    folder = tmp_path / "killed"
+    arguments = [str(Path(__file__).parent), kind, str(saved_llama), str(folder), str(killed_at)]
+    done = subprocess.run([sys.executable, "-c", KILLED_RUN, *arguments], capture_output=True, check=False)
+    assert done.returncode == 9, done.stderr.decode()
+    kept = sorted(path.name for path in folder.glob("checkpoint-*"))
+    assert kept == [f"checkpoint-{step}" for step in range(2, killed_at, 2)][-2:]
+    state = folder / kept[-1] / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+
+    result, found = train(kind, load_base(saved_llama, Base(dtype="float32")), tokenizer, folder)
+    assert {name: torch.equal(weight, expected[name]) for name, weight in found.items()} == dict.fromkeys(expected, True)
+    assert without_seconds(result.log) == without_seconds(expected_result.log)
+    written = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    assert written == result.log
+    assert [row["step"] for row in written] == list(range(1, result.steps + 1))
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_resumes(saved_llama, tokenizer, tmp_path):
+    """Four steps an epoch: step 4 is the last of the first."""
+    _, expected = train("sft", load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path / "whole", save_steps=4)
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    train("sft", load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path / "source", save_steps=4)
+    shutil.copytree(tmp_path / "source" / "checkpoint-8", folder / "checkpoint-8")
+    _, found = train("sft", load_base(saved_llama, Base(dtype="float32")), tokenizer, folder, save_steps=4)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def without_seconds(log):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in log]
+
+
+def test_checkpoints_hold_the_adapter_but_not_the_base(saved_llama, tokenizer, tmp_path):
+    train("orpo", load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path)
+    files = {path.name for path in tmp_path.glob("checkpoint-*/*")}
+    assert "adapter_model.safetensors" in files
+    assert not {"model.safetensors", "pytorch_model.bin"} & files
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+
+
+def test_checkpoints_that_were_cut_off_are_passed_over(tmp_path):
+    for step, state in [(9, '{"global_step": 9}'), (10, '{"global_st'), (20, None)]:
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-9"]
+    assert last_complete_checkpoint(tmp_path / "nothing") is None
+
+
+def test_log_and_result(saved_llama, tokenizer, tmp_path):
+    result, _ = train("orpo", load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path)
+    assert result.steps == 12  # 14 prompts, four a step, three epochs
+    assert {"loss", "learning_rate", "rewards/margins", "nll_loss", "log_odds_ratio", "seconds", "tokens", "step"} <= result.log[0].keys()
+    epoch = sum(row["tokens"] for row in result.log[:4])
+    assert epoch == sum(len(encode(row["prompt"])) for row in rows(28)[::2])
+    assert result.tokens_per_second == pytest.approx(3 * epoch / result.seconds)
+    assert result.peak_memory_mb > 0
+
+
+def test_it_learns(saved_llama, tokenizer, tmp_path):
+    for kind in ["sft", "orpo"]:
+        base = load_base(saved_llama, Base(dtype="float32"))
+        result, _ = train(kind, base, tokenizer, tmp_path / kind, dropout=0.0, epochs=8, learning_rate=3e-2)
+        assert result.log[-1]["loss"] < 0.7 * result.log[0]["loss"]
+
+
+def test_seeds_differ_and_repeat(saved_llama, tokenizer, tmp_path):
+    runs = [
+        train("sft", load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path / str(at), seed=seed)[0]
+        for at, seed in enumerate([5, 5, 6])
+    ]
+    losses = [[row["loss"] for row in run.log] for run in runs]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_gradient_checkpointing_changes_nothing(saved_llama, tokenizer, tmp_path):
+    for kind in ["sft", "orpo"]:
+        results = [
+            train(kind, load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path / f"{kind}{on}", gradient_checkpointing=on)[1]
+            for on in (False, True)
+        ]
+        assert_close(results[0], results[1])
+
+
+def test_sft_loss_is_the_mean_over_the_step(tiny, tmp_path):
+    """Three rows as 3x1 and as 2x2, whose second batch has one row: the same gradients."""
+    from transformers import TrainingArguments
+
+    gradients = []
+    for batch, accumulation in [(3, 1), (2, 2)]:
+        model = with_lora(tiny("llama"), Lora(dropout=0.0), seed=0)
+        tuning = Tuning(batch=batch, accumulation=accumulation, learning_rate=0.0, warmup=0, gradient_clip=0.0, weight_decay=0.0)
+        data = [{"row": at, "prompt_ids": [40 + at] * (3 + at), "completion_ids": [33 + at], "length": 3 + at} for at in range(3)]
+        trainer = LetterTrainer(model, TrainingArguments(**arguments(tuning, tmp_path, 0)), train_dataset=data, data_collator=collate)
+        found = {}
+        trainer.create_optimizer()
+        trainer.optimizer.register_step_pre_hook(
+            lambda *_, model=model, found=found: found.update({n: w.grad.clone() for n, w in model.named_parameters() if w.requires_grad})
+        )
+        trainer.train()
+        plain = with_lora(tiny("llama"), Lora(dropout=0.0), seed=0)
+        losses = [-plain(torch.tensor([row["prompt_ids"]])).logits[0, -1].log_softmax(-1)[row["completion_ids"][0]] for row in data]
+        torch.stack(losses).mean().backward()
+        assert_close(found, {n: w.grad for n, w in plain.named_parameters() if w.requires_grad}, atol=1e-6, rtol=1e-4)
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+        gradients.append(found)
+    assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+def test_unknown_completion_and_empty_prompt(saved_llama, tmp_path):
+    model = with_lora(load_base(saved_llama, Base(dtype="float32")), Lora(), seed=0)
+    with pytest.raises(UserError, match="row 1: the prompt is empty"):
+        train_sft(
+            model,
+            [{"prompt": "x", "completion": "A"}, {"prompt": "", "completion": "A"}],
+            Tuning(),
+            tmp_path,
+            encode=encode,
+            label_ids=LETTERS,
+        )
+    with pytest.raises(UserError, match="no rows"):
+        train_sft(model, [], Tuning(), tmp_path, encode=encode, label_ids=LETTERS)
+
+
+# ------------------------------------------------------------------ the order of rows
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 200, 203])
+def test_an_epoch_has_every_row_once(count):
+    order = list(LengthGroups([1 + at * 7 % 50 for at in range(count)], step=8, seed=0))
+    assert sorted(order) == list(range(count))
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    lengths = [1 + at * 7 % 50 for at in range(100)]
+    sampler = LengthGroups(lengths, step=8, seed=3)
+    first = list(sampler)
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(LengthGroups(lengths, step=8, seed=4)) != first
+    sampler.set_epoch(0)
+    torch.rand(3)
+    assert list(sampler) == first
+
+
+def test_steps_pad_little():
+    lengths = torch.randint(100, 500, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    order = list(LengthGroups(lengths, step=8, seed=0))
+
+    def padded(rows):
+        return sum(max(lengths[row] for row in rows[at : at + 8]) * 8 for at in range(0, 400, 8))
+
+    assert padded(order) < 1.1 * sum(lengths)
+    assert padded(list(range(400))) > 1.4 * sum(lengths)
+
+
+# ------------------------------------------------------------------ recorded losses
+
+
+@pytest.mark.parametrize("kind", ["sft", "orpo"])
+def test_losses_of_five_steps_are_the_recorded_ones(kind, saved_llama, tokenizer, tmp_path):
+    """Made on the versions that the file names; a difference is a change of method, of data order or of a library."""
+    recorded = json.loads(GOLDEN.read_text())
+    result, _ = train(kind, load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path, dropout=0.0)
+    assert [row["loss"] for row in result.log[:5]] == pytest.approx(recorded[kind], abs=1e-4)
