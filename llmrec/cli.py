@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from llmrec import allocator, resources
+from llmrec import process, resources
 from llmrec.config import Config
 from llmrec.errors import StageFailed, UserError
 from llmrec.stages import RECIPES, STAGES, recipe_files_of
@@ -41,7 +41,7 @@ FIELDS = [field.name for field in fields(Config)]
 def entry() -> None:
     """The `llmrec` program."""
     if sys.argv[1:2] and sys.argv[1] in STAGES:
-        allocator.restart()
+        process.restart()
     sys.exit(main())
 
 
@@ -147,7 +147,8 @@ def _flat(content: dict[str, Any], section: type, prefix: str = "") -> dict[str,
     flat: dict[str, Any] = {}
     for key, value in content.items():
         inner = kinds[key]
-        flat |= _flat(value, inner, f"{prefix}{key}.") if is_dataclass(inner) else {prefix + key: value}
+        nested = isinstance(inner, type) and is_dataclass(inner)
+        flat |= _flat(value, inner, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
 
 
@@ -156,7 +157,8 @@ def _parser(command: str) -> ArgumentParser:
         prog=f"llmrec {command}",
         usage=f"llmrec {command} [--config FILE ...] [--key value ...]",
         description=SUMMARY[command],
-        exit_on_error=False, allow_abbrev=False,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="a yaml file of settings; may be given several times, later ones win")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, what is up to date and what it costs")

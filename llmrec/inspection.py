@@ -56,22 +56,24 @@ def doctor() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     cache = assets.cache_folder()
-    facts = {
+    present = sorted(f"{path.parent.name}/{path.name}" for path in cache.glob("*/*") if path.is_dir())
+    missing = {name: remedy for name, remedy in OPTIONAL.items() if importlib.util.find_spec(name) is None}
+    facts: dict[str, Any] = {
         "versions": runs.versions(),
         "cpu": runs.cpu_name(),
         "cores": os.cpu_count(),
         "memory_mb": memory,
         "gpus": gpus,
         "dtype": str(best_dtype()).removeprefix("torch."),
-        "cache": {"folder": str(cache), "has": sorted(f"{path.parent.name}/{path.name}" for path in cache.glob("*/*") if path.is_dir())},
+        "cache": {"folder": str(cache), "has": present},
         "data": os.environ.get("LLMREC_DATA"),
         "compiler": shutil.which("gcc") or shutil.which("cc"),
-        "missing": {name: remedy for name, remedy in OPTIONAL.items() if importlib.util.find_spec(name) is None},
+        "missing": missing,
     }
     print("  ".join(f"{name} {version}" for name, version in runs.versions().items()))
     print(f"{facts['cpu']}, {facts['cores']} cores, {memory:,} MB memory, language models compute in {facts['dtype']}")
     print(f"GPUs: {', '.join(gpus) or 'none (everything runs on the CPU)'}")
-    print(f"cache: {cache} has {', '.join(facts['cache']['has']) or 'nothing yet'}; LLMREC_DATA: {facts['data'] or 'not set'}")
-    for name, remedy in facts["missing"].items():
+    print(f"cache: {cache} has {', '.join(present) or 'nothing yet'}; LLMREC_DATA: {facts['data'] or 'not set'}")
+    for name, remedy in missing.items():
         print(f"not installed: {name:<15}{remedy}")
     return facts

@@ -150,9 +150,8 @@ def plan(stage_name: str, config: Config, sources: dict[str, str]) -> Run:
     semantic = json.dumps([stage.name, stage.schema, settings, sorted(inputs.values())], sort_keys=True)
     fingerprint = hashlib.sha256(semantic.encode()).hexdigest()
     made = read_stage(folder)
-    if made is None:
-        made_from = None
-    else:
+    made_from = None
+    if made is not None:
         made_from = "" if made["fingerprint"] == fingerprint else _differences(made, settings, inputs)
     return Run(stage, config, folder, folder.with_name(f".{folder.name}.partial"), settings, inputs, fingerprint, made_from)
 

@@ -96,13 +96,15 @@ def test_help_teaches(capsys):
 
 def test_nothing_heavy_is_imported_before_it_is_needed():
     """`--help`, the plan of a chain, data, metrics, prompts and pairs start without torch."""
-    light = "llmrec.cli, llmrec.stages.execution, llmrec.runs, llmrec.preferences, llmrec.prompting, llmrec.data.prepare, llmrec.evaluation.compare"
-    code = f"import sys, {light}; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    light = ("cli", "stages.execution", "runs", "preferences", "prompting", "data.prepare", "evaluation.compare", "evaluation.protocol")
+    modules = ", ".join(f"llmrec.{name}" for name in light)
+    code = f"import sys, {modules}; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_model_rooms_import_no_tables():
-    code = "import sys, llmrec.ssm, llmrec.rankers.orpo, llmrec.rankers.sft, llmrec.rankers.letters, llmrec.rankers.backbone; print('polars' in sys.modules)"
+    rooms = ("ssm", "rankers.orpo", "rankers.sft", "rankers.letters", "rankers.backbone")
+    code = f"import sys, {', '.join(f'llmrec.{name}' for name in rooms)}; print('polars' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 

@@ -14,9 +14,23 @@ import polars as pl
 import pytest
 
 QUICK = [
-    *("--model.dim", "16", "--model.inner", "32", "--model.mixer.d_state", "8", "--training.epochs", "6", "--training.batch", "8"),
-    *("--lightfm.epochs", "3", "--lightfm.components", "8", "--prompt.candidates", "10", "--prompt.history", "5", "--base.dtype", "float32"),
-    *("--sft.batch", "2", "--orpo.batch", "2", "--sft.save_steps", "3", "--orpo.save_steps", "3", "--evaluation.resamples", "200"),
+    *("--model.dim", "16", "--model.inner", "32"),
+    *("--model.mixer.d_state", "8", "--training.epochs", "6", "--training.batch", "8"),
+    *("--lightfm.epochs", "3", "--lightfm.components", "8", "--prompt.candidates", "10", "--prompt.history", "5"),
+    *(
+        "--base.dtype",
+        "float32",
+        "--sft.batch",
+        "2",
+        "--orpo.batch",
+        "2",
+        "--sft.save_steps",
+        "3",
+        "--orpo.save_steps",
+        "3",
+        "--evaluation.resamples",
+        "200",
+    ),
 ]
 
 

@@ -99,7 +99,7 @@ def test_a_missing_input_names_the_command_that_makes_it(config):
 def test_an_unwritable_folder_is_one_clear_error(tmp_path):
     (tmp_path / "runs").write_text("a file, not a folder")
     config = Config(runs=str(tmp_path / "runs"))
-    with pytest.raises(UserError, match="cannot write .*--runs"):
+    with pytest.raises(UserError, match=r"cannot write .*--runs"):
         make("prepare", config)
 
 

@@ -146,14 +146,16 @@ def _score(
     for system in systems:
         model = load_adapter(base, run.input(system))
 
-        def ask(rows: list[list[int]], model: Any = model, batch: int = run.config.evaluation.batch) -> np.ndarray:
-            return letter_logprobs(model, rows, writer.labels, batch=batch, pad_id=writer.tokenizer.pad_token_id or 0)
+        def ask(rows: list[list[int]], model: Any = model) -> np.ndarray:
+            return letter_logprobs(model, rows, writer.labels, batch=run.config.evaluation.batch)
 
         for split, questions in asked.items():
+            if (system, split) == ("sft", "valid"):
+                continue  # the fusion weight is for the last adapter alone
             shown = _in_blocks(ask, questions.rows, run.checkpoints, f"{system}.{split}")
             answers[system, split] = _in_candidate_order(shown, questions)
         if system == "orpo":
-            seconds = _median_seconds(lambda row, ask=ask: ask([row]), [row for row in asked["test"].rows if row][:TIMED_USERS])
+            seconds = _median_seconds(ask, [[row] for row in asked["test"].rows if row][:TIMED_USERS])
         base = model.unload()
     return answers, seconds
 
@@ -224,7 +226,8 @@ def _write_tables(
     for split, q in asked.items():
         real = q.items > 0
         lists = {"items": q.items, "retriever_scores": q.scores, "ranker_scores": answers["orpo", split], "fused_scores": fused[split]}
-        lists |= {"sft_scores": scores for (system, of), scores in answers.items() if (system, of) == ("sft", split)}
+        if ("sft", split) in answers:
+            lists["sft_scores"] = answers["sft", split]
         columns = {
             name: pl.Series(
                 [row[keep] for row, keep in zip(values, real, strict=True)], dtype=pl.List(pl.Int32 if name == "items" else pl.Float32)
@@ -232,11 +235,11 @@ def _write_tables(
             for name, values in lists.items()
         }
         tables.append(pl.DataFrame({"user": q.users, "split": [split] * len(q.users), "target": q.targets} | columns))
-    pl.concat(tables).write_parquet(run.work / "rankings.parquet")
+    pl.concat(tables, how="diagonal").write_parquet(run.work / "rankings.parquet")
     test = asked["test"]
     others = {f"{name}_rank": rank for name, rank in ranks.items() if name != "fused"}
-    per_user = {"user": test.users, "split": ["test"] * len(test.users), "rank": ranks["fused"], **metrics.per_user(ranks["fused"]), **others}
-    pl.DataFrame(per_user).write_parquet(run.work / "per_user.parquet")
+    identity = {"user": test.users, "split": ["test"] * len(test.users), "rank": ranks["fused"]}
+    pl.DataFrame(identity | metrics.per_user(ranks["fused"]) | others).write_parquet(run.work / "per_user.parquet")
 
 
 def _samples(writer: PromptWriter, sequences: Sequences, test: Questions, by_system: dict[str, np.ndarray]) -> list[Sample]:
@@ -286,7 +289,8 @@ def _write_report(
         "Validation NDCG@10 against the language model's weight": work / "fusion.png",
         "Where the target stood before and after": work / "ranks.png",
     }
-    folders = [(name, run.input(name)) for name in ("prepare", "retrieve", "pairs", "sft", "orpo") if (run.input(name) / "stage.json").exists()]
+    stages = ("prepare", "retrieve", "pairs", "sft", "orpo") if config.orpo.start == "sft" else ("prepare", "retrieve", "pairs", "orpo")
+    folders = [(name, run.input(name)) for name in stages]
     for name, folder in folders:
         log = folder / "train_log.jsonl"
         if log.exists():

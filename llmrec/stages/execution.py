@@ -1,7 +1,7 @@
 """Run one stage, or a stage and everything it rests on; say what a run would do.
 
 Each stage of a chain has a process of its own: its memory is given back, its peak is its own, and it starts under the
-allocator settings that suit it.
+process settings that suit it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import asdict
 from typing import Any
 
 import yaml
 
-from llmrec import allocator, runs
+from llmrec import process, runs
 from llmrec.config import Config
 from llmrec.errors import StageFailed
 from llmrec.runs import Run, say
@@ -41,6 +42,8 @@ def one(stage: str, config: Config, *, force: bool = False) -> dict[str, Any]:
     if not force:
         runs.refuse_overwrite(run)
     say(f"{stage}: {forecast.of(stage, config)} -> {run.folder}")
+    # transformers renames its own settings; nothing a user of ours could do about it
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with runs.working(run):
         stage_function(stage)(run)
     say(f"{run.folder}: made in {run.seconds:.0f} s, peak memory {runs.peak_memory_mb()} MB")
@@ -112,7 +115,7 @@ def _run_in_process(stage: str, config: Config, *, force: bool) -> None:
         yaml.safe_dump({key: values[key] for key in STAGES[stage].options}, file)
         file.flush()
         command = [sys.executable, "-m", "llmrec", stage, "--config", file.name, *(["--force"] if force else [])]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**allocator.SETTINGS, **os.environ}, check=False)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**process.SETTINGS, **os.environ}, check=False)
     *text, line = done.stdout.splitlines() or [""]
     if text:
         print("\n".join(text), flush=True)

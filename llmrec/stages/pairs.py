@@ -33,18 +33,21 @@ def pairs(run: Run) -> None:
     batch = rows_per_batch(train.item_count)
 
     retriever = load(run.input("retrieve"), config, train.item_count)
-    losers_from = lightfm_config(config)
-    lightfm = load(run.input("retrieve", losers_from), losers_from, train.item_count) if config.pairs.lightfm != "none" else None
 
     def pool_for(some: np.ndarray, ends: np.ndarray) -> np.ndarray:
         return top_items(retriever, train, some, ends, config.retrieval.candidates, batch)
 
-    def scores_for(some: np.ndarray) -> np.ndarray:
-        return lightfm.scores(some, []).numpy()
+    scores_for = None
+    if config.pairs.lightfm != "none":
+        losers_from = lightfm_config(config)
+        lightfm = load(run.input("retrieve", losers_from), losers_from, train.item_count)
+
+        def scores_for(some: np.ndarray) -> np.ndarray:
+            return lightfm.scores(some, []).numpy()
 
     pool = pool_for if config.pairs.pool == "retriever" else None
     sft, sft_facts = sft_rows(train, writer, config.pairs, config.seed, users, pool)
-    preferences, facts = preference_rows(train, writer, config.pairs, config.seed, users, pool, scores_for if lightfm else None)
+    preferences, facts = preference_rows(train, writer, config.pairs, config.seed, users, pool, scores_for)
     sft.write_parquet(run.work / "sft.parquet")
     preferences.write_parquet(run.work / "preferences.parquet")
     save_prompt(run.work / "prompt.yaml", writer.template, writer.config)

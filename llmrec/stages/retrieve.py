@@ -75,7 +75,7 @@ def _train(config: Config, sequences: Sequences, run: Run) -> tuple[Any, dict[st
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         progress = training.train(model, sequences, config.training, sequences.cases("valid"), run.checkpoints, config.seed)
         say(f"best epoch {progress.best_epoch} of {progress.epoch}, {progress.seconds / progress.epoch:.1f} s per epoch")
-        trained = {"epochs": progress.epoch, "best_epoch": progress.best_epoch, "seconds": round(progress.seconds, 1)}
+        trained: dict[str, Any] = {"epochs": progress.epoch, "best_epoch": progress.best_epoch, "seconds": round(progress.seconds, 1)}
         trained |= {"seconds_per_epoch": round(progress.seconds / progress.epoch, 2), "log": progress.log}
         scorer = training.SequenceScorer(model, config.training.max_length)
         return scorer, model.state_dict(), {"parameters": model.parameter_counts(), "train": trained}

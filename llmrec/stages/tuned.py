@@ -48,8 +48,13 @@ def save_tuned(run: Run, model: PeftModel, writer: PromptWriter, result: TrainRe
     weights = inputs.weights_origin(config)
     run.origin = {"weights": weights, "licence": config.base.licence or ""}
     made_from = json.loads((run.input("pairs") / "metrics.json").read_text())
-    facts = {"steps": result.steps, "seconds": round(result.seconds, 1), "tokens_per_second": round(result.tokens_per_second)}
-    facts |= {"peak_memory_mb": result.peak_memory_mb, "final": result.log[-1]}
+    facts: dict[str, Any] = {
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "tokens_per_second": round(result.tokens_per_second),
+        "peak_memory_mb": result.peak_memory_mb,
+        "final": result.log[-1],
+    }
     runs.write_json(work / "metrics.json", facts)
     card = model_card(
         stage=run.stage.name,
