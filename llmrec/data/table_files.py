@@ -18,6 +18,7 @@ from llmrec.data.rows import RawTables, checked, open_bytes, reading, require_co
 from llmrec.errors import UserError
 
 DOMAIN = "items"
+YEAR_10000 = 253_402_300_800_000  # milliseconds
 
 
 def read(folder: Path, source: Source, on_bad_rows: Literal["error", "drop"] = "error") -> RawTables:
@@ -47,6 +48,11 @@ def read(folder: Path, source: Source, on_bad_rows: Literal["error", "drop"] = "
             not_blank, milliseconds = not_blank.with_columns(_as_milliseconds(not_blank["timestamp"])), True
         as_text = not_blank.with_columns(pl.col(list(present)).cast(pl.String))
         good, bad = checked(as_text, ", ".join(present.values()), on_bad_rows, milliseconds)
+        if not milliseconds and (good["timestamp"] > YEAR_10000).any():
+            raise UserError(
+                f"{path.name}: column '{names.timestamp}' reaches beyond the year 9999 when it is read as seconds. "
+                "Milliseconds? Then say source.timestamp_unit: ms in the dataset recipe"
+            )
         tables.append(good)
         bad_rows += bad
     titles = [_read_table(path, source.format, {"raw_item": names.item, "title": names.title}) for path in files.items]

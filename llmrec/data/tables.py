@@ -1,4 +1,4 @@
-"""Read what `prepare` wrote."""
+"""Read what `prepare` wrote, and write lists into tables."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from llmrec.data.sequences import Sequences
+
+
+def list_column(rows: list[np.ndarray]) -> pl.Series:
+    """One list per row. Built from the flat values: polars makes fixed-size arrays of rows that happen to be equally long."""
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    values = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
+    return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))))
 
 
 def load_sequences(folder: Path) -> Sequences:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
 
 from llmrec.config import Base, Lora
 from llmrec.errors import UserError
@@ -64,6 +65,7 @@ def load_base(folder: str | Path, base: Base) -> PreTrainedModel:
         folder: config.json and *.safetensors.
         base: its dtype and attention implementation.
     """
+    disable_progress_bar()  # it flickers by in a second
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=resolve_dtype(base.dtype),

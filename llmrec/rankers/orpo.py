@@ -235,8 +235,9 @@ def train_orpo(
     Raises:
         UserError: rows that cannot be trained on, or a loss that is not finite.
     """
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()  # TRL maps over token ids that are made already
     pairs = [
         {"prompt_ids": encode(row["prompt"]), "chosen_ids": [label_ids[row["chosen"]]], "rejected_ids": [label_ids[row["rejected"]]]}
         for row in rows

@@ -16,7 +16,7 @@ import polars as pl
 from llmrec import runs
 from llmrec.config import Config
 from llmrec.data.sequences import Sequences
-from llmrec.data.tables import load_sequences, load_statistics, load_titles
+from llmrec.data.tables import list_column, load_sequences, load_statistics, load_titles
 from llmrec.evaluation import compare, metrics, plots, protocol
 from llmrec.evaluation.report import Candidate, Context, Cost, Sample, write_report
 from llmrec.prompting import PromptWriter, Refused, shuffled
@@ -53,6 +53,11 @@ class Questions:
     order: np.ndarray
     rows: list[list[int]]
     refused: Counter[str]
+
+    @property
+    def retrieved(self) -> np.ndarray:
+        """Whether the target is among the items, (users,)."""
+        return (self.items == self.targets[:, None]).any(1)
 
 
 def evaluate(run: Run) -> None:
@@ -152,8 +157,11 @@ def _score(
         for split, questions in asked.items():
             if (system, split) == ("sft", "valid"):
                 continue  # the fusion weight is for the last adapter alone
-            shown = _in_blocks(ask, questions.rows, run.checkpoints, f"{system}.{split}")
-            answers[system, split] = _in_candidate_order(shown, questions)
+            rows = questions.rows
+            if system == "sft":  # for the table, and there an order without the target counts nothing
+                rows = [row if found else [] for row, found in zip(rows, questions.retrieved, strict=True)]
+            shown = _in_blocks(ask, rows, run.checkpoints, f"{system}.{split}")
+            answers[system, split] = _in_candidate_order(shown, questions, rows)
         if system == "orpo":
             seconds = _median_seconds(ask, [[row] for row in asked["test"].rows if row][:TIMED_USERS])
         base = model.unload()
@@ -185,11 +193,11 @@ def _in_blocks(ask: Callable[[list[list[int]]], np.ndarray], rows: list[list[int
     return answers
 
 
-def _in_candidate_order(shown: np.ndarray, questions: Questions) -> np.ndarray:
-    """From letters as shown back to the order of `items`. Where there was no prompt the retriever's scores stand in."""
+def _in_candidate_order(shown: np.ndarray, questions: Questions, rows: list[list[int]]) -> np.ndarray:
+    """From letters as shown back to the order of `items`. Where nothing was asked the retriever's scores stand in."""
     restored = np.empty_like(questions.scores)
     np.put_along_axis(restored, questions.order, shown, axis=1)
-    unasked = np.array([not row for row in questions.rows])
+    unasked = np.array([not row for row in rows])
     restored[unasked] = questions.scores[unasked]
     restored[questions.items == 0] = -np.inf
     return restored
@@ -225,17 +233,15 @@ def _write_tables(
     tables = []
     for split, q in asked.items():
         real = q.items > 0
-        lists = {"items": q.items, "retriever_scores": q.scores, "ranker_scores": answers["orpo", split], "fused_scores": fused[split]}
-        if ("sft", split) in answers:
-            lists["sft_scores"] = answers["sft", split]
-        columns = {
-            name: pl.Series(
-                [row[keep] for row, keep in zip(values, real, strict=True)], dtype=pl.List(pl.Int32 if name == "items" else pl.Float32)
-            )
-            for name, values in lists.items()
+        lists = {
+            "items": q.items,
+            "retriever_scores": q.scores,
+            "ranker_scores": answers["orpo", split],
+            "fused_scores": fused[split].astype(np.float32),
         }
+        columns = {name: list_column([row[keep] for row, keep in zip(rows, real, strict=True)]) for name, rows in lists.items()}
         tables.append(pl.DataFrame({"user": q.users, "split": [split] * len(q.users), "target": q.targets} | columns))
-    pl.concat(tables, how="diagonal").write_parquet(run.work / "rankings.parquet")
+    pl.concat(tables).write_parquet(run.work / "rankings.parquet")
     test = asked["test"]
     others = {f"{name}_rank": rank for name, rank in ranks.items() if name != "fused"}
     identity = {"user": test.users, "split": ["test"] * len(test.users), "rank": ranks["fused"]}
@@ -244,7 +250,7 @@ def _write_tables(
 
 def _samples(writer: PromptWriter, sequences: Sequences, test: Questions, by_system: dict[str, np.ndarray]) -> list[Sample]:
     """Some test users whose target was retrieved, with what each system made of their candidates."""
-    hits = np.flatnonzero((test.items == test.targets[:, None]).any(1))[:SAMPLE_USERS]
+    hits = np.flatnonzero(test.retrieved)[:SAMPLE_USERS]
     ends = dict(zip(*(column.tolist() for column in (sequences.cases("test").users, sequences.cases("test").ends)), strict=True))
     samples = []
     for at in hits:

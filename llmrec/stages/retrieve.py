@@ -12,7 +12,7 @@ import polars as pl
 from llmrec import runs
 from llmrec.config import Config
 from llmrec.data.sequences import Cases, Sequences
-from llmrec.data.tables import load_sequences, load_statistics
+from llmrec.data.tables import list_column, load_sequences, load_statistics
 from llmrec.evaluation import metrics, protocol
 from llmrec.runs import Run, say
 
@@ -124,8 +124,8 @@ def _candidate_table(cases: Cases, ranked: Any) -> pl.DataFrame:
             "target": cases.targets,
             "target_rank": ranked.target_rank.astype(np.int32),
             "target_rank_masked": ranked.target_rank_masked.astype(np.int32),
-            "items": pl.Series(ranked.items, dtype=pl.List(pl.Int32)),
-            "scores": pl.Series(ranked.scores, dtype=pl.List(pl.Float32)),
+            "items": list_column(ranked.items),
+            "scores": list_column(ranked.scores),
         }
     )
 

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from llmrec.config import Columns, Source
+from llmrec.data import table_files
 from llmrec.data.prepare import read_tables
 from llmrec.errors import UserError
 
@@ -282,3 +283,13 @@ class TestOwnTables:
     def test_paths_that_are_not_set(self, tmp_path):
         with pytest.raises(UserError, match=r"source\.items is not set"):
             read_tables(Source(format="csv", interactions="visits.csv"), tmp_path, "error")
+
+
+def test_milliseconds_read_as_seconds_are_noticed(tmp_path):
+    (tmp_path / "r.csv").write_text("user,item,rating,timestamp\na,x,3,1700000000000\n")
+    (tmp_path / "t.csv").write_text("item,title\nx,Film\n")
+    source = Source(format="csv", interactions="r.csv", items="t.csv")
+    with pytest.raises(UserError, match="timestamp_unit: ms"):
+        table_files.read(tmp_path, source)
+    source.timestamp_unit = "ms"
+    assert table_files.read(tmp_path, source).interactions["timestamp"].to_list() == [1_700_000_000_000]
