@@ -44,6 +44,8 @@ def one(stage: str, config: Config, *, force: bool = False) -> dict[str, Any]:
     say(f"{stage}: {forecast.of(stage, config)} -> {run.folder}")
     # transformers renames its own settings; nothing a user of ours could do about it
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # peft looks on the hub for a grown vocabulary whenever the Trainer saves a checkpoint; ours never grows
+    warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
     with runs.working(run):
         stage_function(stage)(run)
     say(f"{run.folder}: made in {run.seconds:.0f} s, peak memory {runs.peak_memory_mb()} MB")

@@ -1,7 +1,7 @@
 """What a stage will cost, roughly: said before it starts and by `--dry_run`.
 
 Arithmetic over the speed of matrix products measured on this machine, with the share of it that each kind of work
-reached where it was calibrated (docs/forecast.md). Good to a factor of two; the progress bars know better later.
+reached on ml-100k and two CPU cores (2026-11-21). Good to a factor of two; the progress bars know better later.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 from llmrec.config import Config
 from llmrec.stages import inputs, run_folder
 
-EPOCHS = 40  # where early stopping usually ends on the data sets tried
-PROMPT_TOKENS = 450  # 20 titles of history and 20 candidates without years
+EPOCHS = 25  # where early stopping usually ends
+FRAME_TOKENS, TITLE_TOKENS = 45, 8.2  # of SmolLM2's tokenizer: a prompt without titles, and a film's title without its year
+BACKWARD = 1.6  # a backward pass over a forward pass, with LoRA
 # Share of the measured matrix speed that the work reaches.
-REACHED = {"attention": 0.15, "mamba2": 0.07, "language model": 0.55}
+REACHED = {"attention": 0.15, "mamba2": 0.09, "language model": 0.69}
 PROCESS_MB = 600  # Python, torch and transformers themselves
 
 
@@ -53,12 +54,12 @@ def of(stage: str, config: Config) -> Forecast:
     weights = _weights_mb(config)
     if stage == "evaluate":
         tested = min(config.evaluation.test_users or users, config.limit_users or users)
-        asked = tested + min(config.evaluation.valid_users or users, users)
-        memory = PROCESS_MB + 2 * weights + config.evaluation.batch * PROMPT_TOKENS / 40
-        return Forecast(15 + 2 * asked * forward, memory, tested / 400)
+        asked = tested + min(config.evaluation.valid_users or users, users // 4)
+        memory = PROCESS_MB + 2 * weights + config.evaluation.batch * _tokens(config) / 40
+        return Forecast(15 + 1.3 * asked * forward, memory, tested / 400)
     tuning, work = (config.sft, rows) if stage == "sft" else (config.orpo, prompts)
-    memory = PROCESS_MB + 2 * weights + tuning.batch * PROMPT_TOKENS / (6 if tuning.gradient_checkpointing else 0.9)
-    return Forecast(15 + 3 * work * tuning.epochs * forward, memory, 10)
+    memory = PROCESS_MB + 2 * weights + tuning.batch * _tokens(config) / (6 if tuning.gradient_checkpointing else 0.9)
+    return Forecast(15 + (1 + BACKWARD) * work * tuning.epochs * forward, memory, 10)
 
 
 def _retrieve(config: Config, events: int, users: int, items: int) -> Forecast:
@@ -83,13 +84,17 @@ def _facts(config: Config) -> dict[str, Any]:
     return {"interactions": 100_000, "users": 1_000, "items": 1_500}
 
 
+def _tokens(config: Config) -> float:
+    return min(config.prompt.budget, FRAME_TOKENS + TITLE_TOKENS * (config.prompt.history + config.prompt.candidates))
+
+
 def _prompt_seconds(config: Config) -> float:
     """Seconds of one prompt's forward pass: two operations per weight and token."""
     from llmrec.rankers.backbone import resolve_dtype
 
     weights = _weights_mb(config) * 2**20 / 2
     dtype = str(resolve_dtype(config.base.dtype)).removeprefix("torch.")
-    return 2 * weights * PROMPT_TOKENS / (_speed(dtype) * REACHED["language model"])
+    return 2 * weights * _tokens(config) / (_speed(dtype) * REACHED["language model"])
 
 
 def _weights_mb(config: Config) -> float:
