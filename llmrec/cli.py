@@ -115,7 +115,7 @@ def _stage(command: str, arguments: list[str]) -> None:
     from llmrec.stages import execution
 
     if options.dry_run:
-        outcome = execution.dry_run(command, config)
+        outcome = execution.dry_run(command, config, force=options.force, chained=options.chain)
     elif options.chain:
         outcome = execution.chain(command, config, force=options.force)
     else:

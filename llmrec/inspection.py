@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llmrec import runs
+from llmrec import machine, runs
 
 OPTIONAL = {
     "bitsandbytes": "4-bit base models: pip install 'llmrec[quant]'",
@@ -59,8 +59,8 @@ def doctor() -> dict[str, Any]:
     present = sorted(f"{path.parent.name}/{path.name}" for path in cache.glob("*/*") if path.is_dir())
     missing = {name: remedy for name, remedy in OPTIONAL.items() if importlib.util.find_spec(name) is None}
     facts: dict[str, Any] = {
-        "versions": runs.versions(),
-        "cpu": runs.cpu_name(),
+        "versions": machine.versions(),
+        "cpu": machine.cpu_name(),
         "cores": os.cpu_count(),
         "memory_mb": memory,
         "gpus": gpus,
@@ -70,7 +70,7 @@ def doctor() -> dict[str, Any]:
         "compiler": shutil.which("gcc") or shutil.which("cc"),
         "missing": missing,
     }
-    print("  ".join(f"{name} {version}" for name, version in runs.versions().items()))
+    print("  ".join(f"{name} {version}" for name, version in machine.versions().items()))
     print(f"{facts['cpu']}, {facts['cores']} cores, {memory:,} MB memory, language models compute in {facts['dtype']}")
     print(f"GPUs: {', '.join(gpus) or 'none (everything runs on the CPU)'}")
     print(f"cache: {cache} has {', '.join(present) or 'nothing yet'}; LLMREC_DATA: {facts['data'] or 'not set'}")

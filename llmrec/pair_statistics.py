@@ -121,7 +121,8 @@ def dataset_card(
         "",
         "## Protocol",
         "",
-        "- Everything is built from the training part; the validation and test items of leave-one-out are used nowhere.",
+        "- Rows are built from the training part alone. The retriever behind the pools was trained on it too, but stopped early by its "
+        "validation NDCG@10.",
         f"- SFT: up to {pairs.prefixes_per_user} points of each user's training part; the answer is the letter of the next item.",
         "- Preferences: the history ends before the last two training items. "
         f"Rating pairs{'' if pairs.rating else ' (off)'}: the higher rated of the two wins. "

@@ -95,7 +95,8 @@ def sft_rows(
             break
         history, target = train.history(user, end), int(train.items[end])
         rng = np.random.default_rng([seed, _SFT_POOL, user, len(history)])
-        pool = _pool([target], ranked, history, writer.config.candidates, train.item_count, rng)
+        # what the user took later is no wrong answer, and a retriever trained on it ranks it high
+        pool = _pool([target], ranked, train.train_part(user), writer.config.candidates, train.item_count, rng)
         prompt = writer.write(history, pool)
         if isinstance(prompt, Refused):
             refused[prompt.reason] += 1

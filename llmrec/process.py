@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 
 SETTINGS = {
@@ -23,4 +25,11 @@ def restart() -> None:
     """Start this `llmrec` command again under `SETTINGS`, unless it has any of them already or the system is not Linux."""
     if sys.platform == "linux" and SETTINGS.keys().isdisjoint(os.environ):
         os.environ.update(SETTINGS)
-        os.execv(sys.executable, [sys.executable, "-m", "llmrec", *sys.argv[1:]])
+        # -P: no module of the current folder shadows a library
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "llmrec", *sys.argv[1:]])
+
+
+def die_with_parent() -> None:
+    """For a child before it starts: be killed when the parent is, so that no orphan works on unseen (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -8,28 +8,25 @@ of what the stage reads (weights' hash included) and the stage's schema; the git
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmrec import __version__
 from llmrec.config import Config
 from llmrec.errors import UserError
+from llmrec.machine import cpu_name, git_revision, peak_memory_mb, versions
 from llmrec.stages import STAGES, Stage, run_folder
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "polars", "numpy", "rectools-lightfm")
 
 
 def say(message: str) -> None:
@@ -108,10 +105,10 @@ class Run:
 
 
 def input_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
-    """Fingerprint of everything a stage reads.
+    """Fingerprint of everything a stage reads: what each folder was made from, and what came out.
 
     Raises:
-        UserError: when an upstream folder is missing; it says which command makes it.
+        UserError: when an upstream folder is missing or was made with other settings than these; it says what to do.
     """
     found = {}
     for name, its_config in stage.needs(config):
@@ -121,14 +118,21 @@ def input_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
             values = {"dataset": its_config.dataset, "retriever": its_config.retriever, "ranker": its_config.ranker}
             options = " ".join(f"--{key} {value}" for key, value in values.items() if key in STAGES[name].options)
             raise UserError(f"{folder} is not there: run `llmrec {name} {options}` first, or add --chain to make what is missing")
-        found[str(folder)] = made["fingerprint"]
+        changed = _changed(made["settings"], STAGES[name].decides(its_config))
+        if changed:
+            raise UserError(f"{folder} was made with {', '.join(changed)}: give the same settings here, or make it again with --force")
+        found[str(folder)] = f"{made['fingerprint']}:{made['content']}"
     return found
 
 
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [f"{key}={old.get(key)} (now {new.get(key)})" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
 def _differences(made: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]) -> str:
-    old, old_inputs = made["settings"], made["inputs"]
-    changed = [f"{key}={old.get(key)} (now {settings.get(key)})" for key in sorted({*old, *settings}) if old.get(key) != settings.get(key)]
-    changed += [f"another {key}" for key in sorted({*old_inputs, *inputs}) if old_inputs.get(key) != inputs.get(key)]
+    old = made["inputs"]
+    changed = _changed(made["settings"], settings)
+    changed += [f"another {key}" for key in sorted({*old, *inputs}) if old.get(key) != inputs.get(key)]
     return ", ".join(changed) or "another version of this stage"
 
 
@@ -163,8 +167,12 @@ def refuse_overwrite(run: Run) -> None:
         UserError: it names what differs, and how to keep both or to make it again.
     """
     if run.made_from:
-        name = "--retriever NAME.variant" if run.stage.name == "retrieve" else "--variant NAME (make: VARIANT=NAME)"
-        raise UserError(f"{run.folder} was made with {run.made_from}. Keep it and name this one: {name}; or make it again: --force")
+        names = {"prepare": "a copy of the dataset recipe under another name", "retrieve": "--retriever NAME.variant"}
+        name = names.get(run.stage.name, "--variant NAME (make: VARIANT=NAME)")
+        raise UserError(
+            f"{run.folder} was made with {run.made_from}. Keep it and name this one: {name}; or keep it with another --runs folder; "
+            "or make it again: --force"
+        )
 
 
 @contextmanager
@@ -172,30 +180,70 @@ def working(run: Run) -> Iterator[Run]:
     """Make the partial folder, take it up again if it was begun from the same, and rename it when the block ends well.
 
     Raises:
-        UserError: when the folder cannot be written.
+        UserError: the folder cannot be written, the disk is full, or another process is at work in it.
     """
     begun = time.time()
+    lock = None
     try:
-        _begin(run)
+        lock = _begin(run)
         yield run
         run.seconds = time.time() - begun
         _finish(run)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"cannot write {run.folder}: {error.strerror}: {error.filename}. Choose another folder with --runs") from error
     except OSError as error:
-        if error.errno == 28:  # ENOSPC
+        if lock is not None:
+            _tidy(run)
+        if error.errno == errno.ENOSPC:
             raise UserError(
                 f"no space left on the disk of {run.folder}: free some and run the command again, it goes on where it was"
             ) from error
+        if lock is None or str(error.filename or "").startswith(str(run.work)):
+            raise UserError(f"cannot write {run.folder}: {error.strerror}: {error.filename}. Choose another folder with --runs") from error
         raise
+    except UserError:
+        if lock is not None:
+            _tidy(run)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
-def _begin(run: Run) -> None:
-    begun = run.work / "fingerprint"
-    if run.work.exists() and not (begun.is_file() and begun.read_text() == run.fingerprint):
-        shutil.rmtree(run.work)
+def _begin(run: Run) -> int:
+    """Lock the partial folder and empty it unless it was begun from the same; the lock goes with the process."""
     run.work.mkdir(parents=True, exist_ok=True)
-    begun.write_text(run.fingerprint)
+    lock = os.open(run.work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(f"another process is at work in {run.work}: wait for it, or stop it") from error
+    begun = run.work / "fingerprint"
+    if not (begun.is_file() and begun.read_text() == run.fingerprint):
+        for path in run.work.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        begun.write_text(run.fingerprint)
+    shutil.rmtree(_replaced(run), ignore_errors=True)
+    return lock
+
+
+def _tidy(run: Run) -> None:
+    """After a mistake nothing half-written stays, but checkpoints do."""
+    checkpoints = run.work / "checkpoints"
+    if run.work.is_dir() and not (checkpoints.is_dir() and any(checkpoints.iterdir())):
+        shutil.rmtree(run.work, ignore_errors=True)
+
+
+def _replaced(run: Run) -> Path:
+    return run.folder.with_name(f".{run.folder.name}.old")
+
+
+def _content(folder: Path) -> str:
+    """Checksum of what a stage made: its tables and weights."""
+    total = hashlib.sha256()
+    for path in sorted([*folder.glob("*.parquet"), *folder.glob("*.safetensors")]):
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def _finish(run: Run) -> None:
@@ -203,7 +251,9 @@ def _finish(run: Run) -> None:
         "stage": run.stage.name,
         "status": "complete",
         "fingerprint": run.fingerprint,
+        "content": _content(run.work),
         "settings": run.settings,
+        "config": asdict(run.config),
         "inputs": run.inputs,
         "origin": run.origin,
         "headline": run.headline,
@@ -216,8 +266,7 @@ def _finish(run: Run) -> None:
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
     }
     write_json(run.work / "stage.json", stage)
-    old = run.folder.with_name(f".{run.folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _replaced(run)
     if run.folder.exists():
         os.replace(run.folder, old)
     os.replace(run.work, run.folder)
@@ -225,39 +274,3 @@ def _finish(run: Run) -> None:
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     (run.folder / "fingerprint").unlink()
     shutil.rmtree(old, ignore_errors=True)
-
-
-def peak_memory_mb() -> int:
-    """Largest resident size of this process so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024))
-
-
-def versions() -> dict[str, str]:
-    """Versions of llmrec and the packages that decide results."""
-    found = {"llmrec": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_revision() -> str | None:
-    """The checkout's commit, with `+` when it has changes; None outside a checkout."""
-    folder = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from llmrec import runs
-from llmrec.config import Config, Filter, Training
+from llmrec import resources, runs
+from llmrec.config import Config, Filter, Prompting, Training
 from llmrec.errors import UserError
 from llmrec.stages import STAGES, ranker_name, run_folder, upstream
 
@@ -16,17 +16,18 @@ def config(tmp_path):
     return Config(runs=str(tmp_path / "runs"))
 
 
-def make(stage, config, sources=None):
+def make(stage, config, sources=None, result="done"):
     run = runs.plan(stage, config, sources or {})
     with runs.working(run):
         (run.work / "result.txt").write_text("done")
+        (run.work / "table.parquet").write_text(result)
         (run.checkpoints / "last").write_text("checkpoint")
     return run
 
 
 def test_a_finished_folder_is_complete_and_up_to_date(config):
     run = make("prepare", config)
-    assert {path.name for path in run.folder.iterdir()} == {"result.txt", "stage.json"}
+    assert {path.name for path in run.folder.iterdir()} == {"result.txt", "table.parquet", "stage.json"}
     assert [path.name for path in run.folder.parent.iterdir()] == ["prepare"]
     assert runs.plan("prepare", config, {}).up_to_date
     made = json.loads((run.folder / "stage.json").read_text())
@@ -91,9 +92,53 @@ def test_new_inputs_make_a_stage_stale(config):
     assert "another" in runs.plan("retrieve", config, {}).made_from
 
 
+def test_a_remake_with_another_result_makes_later_stages_stale(config):
+    make("prepare", config)
+    make("retrieve", config)
+    make("prepare", config)
+    assert runs.plan("retrieve", config, {}).up_to_date
+    make("prepare", config, result="other")
+    assert not runs.plan("retrieve", config, {}).up_to_date
+
+
 def test_a_missing_input_names_the_command_that_makes_it(config):
     with pytest.raises(UserError, match="run `llmrec prepare --dataset ml-100k` first"):
         runs.plan("retrieve", config, {})
+
+
+def test_two_processes_do_not_work_in_one_folder(config):
+    run = runs.plan("prepare", config, {})
+    with runs.working(run), pytest.raises(UserError, match="another process"), runs.working(runs.plan("prepare", config, {})):
+        pass
+    assert run.folder.exists()
+
+
+def test_a_mistake_leaves_nothing_but_checkpoints(config):
+    run = runs.plan("prepare", config, {})
+    with pytest.raises(UserError), runs.working(run):
+        (run.work / "half.parquet").write_text("half")
+        raise UserError("bad row")
+    assert not run.work.exists()
+    with pytest.raises(UserError), runs.working(run):
+        (run.checkpoints / "last").write_text("epoch 3")
+        raise UserError("bad row")
+    assert (run.work / "checkpoints/last").exists()
+
+
+def test_a_stage_refuses_inputs_made_with_other_settings(config):
+    make("prepare", config)
+    with pytest.raises(UserError, match=r"filter\.core=5 \(now 9\): give the same settings"):
+        runs.plan("retrieve", replace(config, filter=Filter(core=9)), {})
+
+
+def test_an_edited_template_makes_pairs_stale(config, tmp_path):
+    text = resources.find("prompts", "llamarec").read_text()
+    template = tmp_path / "mine.yaml"
+    template.write_text(text)
+    own = replace(config, prompt=Prompting(template=str(template)))
+    before = STAGES["pairs"].decides(own)
+    template.write_text(text.replace("recommend an item", "pick an item"))
+    assert STAGES["pairs"].decides(own) != before
 
 
 def test_an_unwritable_folder_is_one_clear_error(tmp_path):

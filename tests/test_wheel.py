@@ -39,6 +39,6 @@ def test_the_wheel_has_every_recipe_prompt_and_template(installed):
 def test_a_dry_run_from_the_wheel(installed, tmp_path):
     where = run(installed, tmp_path, "-c", "import llmrec; print(llmrec.__file__)")
     assert where.startswith(str(installed))
-    outcome = json.loads(run(installed, tmp_path, "-m", "llmrec", "evaluate", "--dry_run", "--retriever", "sasrec").splitlines()[-1])
+    outcome = json.loads(run(installed, tmp_path, "-m", "llmrec", "evaluate", "--chain", "--dry_run").splitlines()[-1])
     assert [step["stage"] for step in outcome["steps"]] == ["prepare", "retrieve", "retrieve", "pairs", "sft", "orpo", "evaluate"]
     assert not (tmp_path / "runs").exists()

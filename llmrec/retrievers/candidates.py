@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmrec.data.sequences import Cases, Sequences
+from llmrec.errors import UserError
 
 
 class Scorer(Protocol):
@@ -40,7 +41,7 @@ class Ranked:
 def _check(scores: Tensor, users: np.ndarray) -> None:
     bad = ~torch.isfinite(scores).all(1)
     if bad.any():
-        raise ValueError(f"the retriever's scores of user {users[int(bad.nonzero()[0])]} are not finite: its training diverged")
+        raise UserError(f"the retriever's scores of user {users[int(bad.nonzero()[0])]} are not finite: lower training.learning_rate")
 
 
 def _top(scores: Tensor, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -68,7 +69,7 @@ def rank(scorer: Scorer, sequences: Sequences, cases: Cases, count: int, *, repe
         batch: cases scored at a time; the memory is batch x items.
 
     Raises:
-        ValueError: when a score is NaN or infinite; it names the user.
+        UserError: when a score is NaN or infinite; it names the user.
     """
     plain, masked, items, kept = [], [], [], []
     for start in range(0, len(cases), batch):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS = 2048  # logits made at a time
+LOGITS = 1 << 25  # made at a time: 128 MB
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -18,8 +18,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vector_gradient = torch.empty_like(vectors)
         table_gradient = torch.zeros_like(table)
         total = vectors.new_zeros(())
-        for start in range(0, len(vectors), ROWS):
-            rows = slice(start, start + ROWS)
+        chunk = min(2048, max(1, LOGITS // len(table)))
+        for start in range(0, len(vectors), chunk):
+            rows = slice(start, start + chunk)
             h, y = vectors[rows], targets[rows, None]
             logits = h @ table.T
             logits[:, 0] = -torch.inf  # padding is no item

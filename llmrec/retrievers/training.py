@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmrec import config
 from llmrec.data.sequences import Cases, Sequences
+from llmrec.errors import UserError
 from llmrec.progress import track
 from llmrec.retrievers import losses, windows
 from llmrec.retrievers.candidates import rank, rows_per_batch
@@ -79,7 +80,7 @@ def train(
         The last epoch, the best one, and one log row per epoch.
 
     Raises:
-        ValueError: when the loss is not finite.
+        UserError: when the loss is not finite.
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.999))
     progress = _resume(model, optimiser, checkpoints)
@@ -121,7 +122,7 @@ def _epoch(
         real = targets > 0
         loss = losses.full_softmax(model(inputs)[real], model.items.weight, targets[real])
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss of epoch {epoch}, step {step} is {loss.item()}: try a lower training.learning_rate")
+            raise UserError(f"the loss of epoch {epoch}, step {step} is {loss.item()}: try a lower training.learning_rate")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)

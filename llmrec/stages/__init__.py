@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.config import Config, Retrieval
+from llmrec.templates import load_template
 
 RECIPES = {"dataset": "recipes/datasets", "retriever": "recipes/retrievers", "ranker": "recipes/rankers", "recipe": "recipes/orpo"}
-NOT_SEMANTIC = {"save_steps", "report_to"}  # settings that change no result
+NOT_SEMANTIC = {"save_steps", "report_to", "licence", "wheel", "urls", "checksums"}  # settings that change no result
 
 DATA = ("dataset", "runs", "seed", "source", "filter", "split")
 RETRIEVER = (*DATA, "retriever", "retrieval", "model", "training", "lightfm")
@@ -90,10 +91,12 @@ def _settings(config: Config, *keys: str) -> dict[str, Any]:
 
 def _prepare(config: Config) -> dict[str, Any]:
     settings = _settings(config, "source", "filter", "split")
-    described = {
-        k: v for k, v in settings.items() if not k.startswith(("source.urls", "source.checksums", "source.wheel", "source.licence"))
-    }
-    return described | ({"seed": config.seed} if config.split.ties == "random" else {})
+    return settings | ({"seed": config.seed} if config.split.ties == "random" else {})
+
+
+def _template(config: Config) -> dict[str, Any]:
+    """The words of the prompt: a template may be edited under the same name."""
+    return {f"template.{key}": value for key, value in asdict(load_template(config.prompt.template)).items()}
 
 
 def _retrieve(config: Config) -> dict[str, Any]:
@@ -131,7 +134,7 @@ STAGES = {
         Stage(
             "pairs",
             RANKER,
-            lambda c: _settings(c, "prompt", "pairs", "limit_users", "seed", "base"),
+            lambda c: _settings(c, "prompt", "pairs", "limit_users", "seed") | _template(c),
             ranker_name,
             _before_pairs,
             uses_base=True,
@@ -155,7 +158,7 @@ STAGES = {
         Stage(
             "evaluate",
             (*RANKER, "lora", "sft", "orpo", "evaluation"),
-            lambda c: _settings(c, "base", "prompt", "evaluation", "limit_users", "seed"),
+            lambda c: _settings(c, "base", "prompt", "evaluation", "limit_users", "seed") | _template(c),
             ranker_name,
             _before_evaluate,
             uses_base=True,

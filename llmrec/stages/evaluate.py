@@ -17,6 +17,7 @@ from llmrec import runs
 from llmrec.config import Config
 from llmrec.data.sequences import Sequences
 from llmrec.data.tables import list_column, load_sequences, load_statistics, load_titles
+from llmrec.errors import UserError
 from llmrec.evaluation import compare, metrics, plots, protocol
 from llmrec.evaluation.report import Candidate, Context, Cost, Sample, write_report
 from llmrec.prompting import PromptWriter, Refused, shuffled
@@ -70,6 +71,11 @@ def evaluate(run: Run) -> None:
     sequences = load_sequences(run.input("prepare"))
     writer = prompt_writer(config, load_titles(run.input("prepare")))
     asked = {split: _questions(config, run, sequences, writer, split) for split in ("valid", "test")}
+    for split, questions in asked.items():
+        if not questions.retrieved.any():
+            raise UserError(
+                f"no {split} target is among the top {config.prompt.candidates}: nothing to rank. Try more users or another retriever"
+            )
     systems = ["sft", "orpo"] if config.orpo.start == "sft" else ["orpo"]
     answers, seconds_ranker = _score(run, systems, asked, writer)
 
@@ -189,7 +195,7 @@ def _in_blocks(ask: Callable[[list[list[int]]], np.ndarray], rows: list[list[int
             answers = np.zeros((len(rows), found.shape[1]), dtype=np.float32)
         answers[block] = found
     if answers is None:
-        raise ValueError(f"{name}: not one prompt could be written")
+        raise UserError(f"{name}: not one prompt fits the budget: raise prompt.budget")
     return answers
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from llmrec import process, runs
+from llmrec import machine, process, runs
 from llmrec.config import Config
-from llmrec.errors import StageFailed
+from llmrec.errors import StageFailed, UserError
 from llmrec.runs import Run, say
 from llmrec.stages import STAGES, forecast, inputs, run_folder, upstream
 
@@ -48,7 +49,7 @@ def one(stage: str, config: Config, *, force: bool = False) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
     with runs.working(run):
         stage_function(stage)(run)
-    say(f"{run.folder}: made in {run.seconds:.0f} s, peak memory {runs.peak_memory_mb()} MB")
+    say(f"{run.folder}: made in {run.seconds:.0f} s, peak memory {machine.peak_memory_mb()} MB")
     return outcome(run, "made")
 
 
@@ -80,17 +81,20 @@ def chain(stage: str, config: Config, *, force: bool = False) -> dict[str, Any]:
     return outcome(run, "made" if made else "up to date")
 
 
-def dry_run(stage: str, config: Config) -> dict[str, Any]:
-    """Say what `chain` would do, without doing it."""
+def dry_run(stage: str, config: Config, *, force: bool = False, chained: bool = False) -> dict[str, Any]:
+    """Say what the command would do, without doing it."""
     steps = []
     stale = False
-    for name, its_config in [*upstream(stage, config), (stage, config)]:
+    for name, its_config in [*(upstream(stage, config) if chained else []), (stage, config)]:
         folder = run_folder(name, its_config)
         missing = inputs.missing(name, its_config)
         state = "would be made"
         if not stale and not missing:
             run = runs.plan(name, its_config, inputs.fingerprints(name, its_config))
-            state = {None: "would be made", "": "up to date"}.get(run.made_from, f"was made with {run.made_from}: --force or another name")
+            if run.made_from and not force:
+                state = f"was made with {run.made_from}: give it another name, or --force"
+            elif run.up_to_date and not (force and name == stage):
+                state = "up to date"
         estimate = forecast.of(name, its_config)
         say(f"{name:<9}{folder}: {state}{f' ({estimate})' if state == 'would be made' else ''}{f'; fetches {missing}' if missing else ''}")
         stale = stale or state != "up to date"
@@ -116,11 +120,16 @@ def _run_in_process(stage: str, config: Config, *, force: bool) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump({key: values[key] for key in STAGES[stage].options}, file)
         file.flush()
-        command = [sys.executable, "-m", "llmrec", stage, "--config", file.name, *(["--force"] if force else [])]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**process.SETTINGS, **os.environ}, check=False)
+        command = [sys.executable, "-P", "-m", "llmrec", stage, "--config", file.name, *(["--force"] if force else [])]
+        environment = {**process.SETTINGS, **os.environ}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=process.die_with_parent, check=False)
     *text, line = done.stdout.splitlines() or [""]
     if text:
         print("\n".join(text), flush=True)
+    if done.returncode < 0:
+        cause = signal.Signals(-done.returncode).name
+        hint = " (out of memory? Try smaller batches)" if cause == "SIGKILL" else ""
+        raise UserError(f"{stage} was ended by {cause}{hint}; the same command goes on from its last checkpoint")
     if done.returncode:
         raise StageFailed(done.returncode)
     json.loads(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmrec import runs
 from llmrec.data.prepare import prepare_tables
+from llmrec.errors import UserError
 from llmrec.runs import Run, say
 from llmrec.stages import inputs
 
@@ -17,6 +18,8 @@ def prepare(run: Run) -> None:
     asset = inputs.dataset(config)
     run.origin = {"dataset": asset.origin, "licence": asset.licence or ""}
     prepared = prepare_tables(config.source, config.filter, config.split, asset.folder, config.seed)
+    if not prepared.statistics["evaluated_users"]:
+        raise UserError(f"no user has {config.split.minimum_events} events after filtering: lower split.minimum_events or filter.core")
     prepared.interactions.write_parquet(run.work / "interactions.parquet")
     prepared.items.write_parquet(run.work / "items.parquet")
     prepared.users.write_parquet(run.work / "users.parquet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from llmrec import runs
+from llmrec import machine, runs
 from llmrec.config import Config
 from llmrec.data.sequences import Cases, Sequences
 from llmrec.data.tables import list_column, load_sequences, load_statistics
+from llmrec.errors import UserError
 from llmrec.evaluation import metrics, protocol
 from llmrec.runs import Run, say
 
@@ -52,7 +54,7 @@ def retrieve(run: Run) -> None:
         candidate_set=f"all {sequences.item_count} items",
         history_masked=False,
     )
-    trained["train"]["peak_memory_mb"] = runs.peak_memory_mb()
+    trained["train"]["peak_memory_mb"] = machine.peak_memory_mb()
     runs.write_json(run.work / "metrics.json", {"protocol": asdict(card), **result, **trained})
     run.headline = {name: result["test"][name] for name in ("hr@10", "ndcg@10")}
     shown = "; ".join(f"{name.replace('_', ' ')} HR@10 {m['hr@10']:.4f} NDCG@10 {m['ndcg@10']:.4f}" for name, m in result.items())
@@ -61,18 +63,18 @@ def retrieve(run: Run) -> None:
 
 def _train(config: Config, sequences: Sequences, run: Run) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The trained retriever, its tensors, and what metrics.json says of model and training."""
-    import time
-
-    import torch
-
     from llmrec.retrievers import training
     from llmrec.retrievers.lightfm import LightFM
+    from llmrec.retrievers.mixers import is_causal
     from llmrec.retrievers.popularity import Popularity
 
     begun = time.perf_counter()
     if config.retrieval.kind == "sequence":
+        if not is_causal(config.model.mixer):
+            raise UserError(
+                f"mixer {config.model.mixer.name} sees the future: trained on all positions at once it would learn to look it up"
+            )
         model = sequence_model(config, sequences.item_count)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
         progress = training.train(model, sequences, config.training, sequences.cases("valid"), run.checkpoints, config.seed)
         say(f"best epoch {progress.best_epoch} of {progress.epoch}, {progress.seconds / progress.epoch:.1f} s per epoch")
         trained: dict[str, Any] = {"epochs": progress.epoch, "best_epoch": progress.best_epoch, "seconds": round(progress.seconds, 1)}
@@ -91,13 +93,14 @@ def _train(config: Config, sequences: Sequences, run: Run) -> tuple[Any, dict[st
 
 
 def sequence_model(config: Config, item_count: int) -> Any:
-    """A fresh sequence model, its weights drawn from the seed."""
+    """A fresh sequence model, its weights drawn from the seed, on the GPU where there is one."""
     import torch
 
     from llmrec.retrievers.sequence_model import SequenceModel
 
     torch.manual_seed(config.seed)
-    return SequenceModel(config.model, item_count, config.training.max_length)
+    model = SequenceModel(config.model, item_count, config.training.max_length)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load(folder: Path, config: Config, item_count: int) -> Any:

@@ -53,7 +53,7 @@ def save_tuned(run: Run, model: PeftModel, writer: PromptWriter, result: TrainRe
         "seconds": round(result.seconds, 1),
         "tokens_per_second": round(result.tokens_per_second),
         "peak_memory_mb": result.peak_memory_mb,
-        "final": result.log[-1],
+        "final": {name: value for name, value in result.log[-1].items() if name != "seconds"},
     }
     runs.write_json(work / "metrics.json", facts)
     card = model_card(

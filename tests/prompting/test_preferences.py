@@ -155,11 +155,11 @@ def test_sft_rows_ask_for_the_next_item(writer):
         assert position >= 2
         assert row["history_items"] == part[:position][-5:]
         assert item_of(row, "completion") == row["target_item"]
-        # the retriever's best six, where the target takes the last place if it is not among them
-        best = [int(i) for i in popular_lists(train)([row["user"]], [train.offsets[row["user"]] + position])[0][:6]]
-        expected = best if row["target_item"] in best else [*best[:5], row["target_item"]]
+        # beside the target, the retriever's best five that the user has not taken, before or later
+        listed = popular_lists(train)([row["user"]], [train.offsets[row["user"]] + position])[0]
+        expected = [row["target_item"], *[int(i) for i in listed if i not in part][:5]]
         assert set(row["pool_items"]) == set(expected)
-        retrieved.append(row["target_item"] in best)
+        retrieved.append(row["target_item"] in listed[:6])
     assert statistics.target_retrieved == pytest.approx(np.mean(retrieved))
     assert 0 < np.mean(retrieved) < 1
     assert table["user"].value_counts()["count"].max() == 3

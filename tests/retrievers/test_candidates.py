@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmrec.errors import UserError
 from llmrec.retrievers.candidates import rank, top_items
 
 
@@ -51,7 +52,7 @@ def test_repeats_may_come_from_the_history(counting, scorer):
 
 def test_scores_that_are_no_numbers_are_an_error_naming_the_user(counting, scorer):
     scorer.table[3, 4] = torch.nan
-    with pytest.raises(ValueError, match="user 3 "):
+    with pytest.raises(UserError, match="user 3 "):
         rank(scorer, counting, counting.cases("test"), 5, repeats=False, batch=16)
 
 

@@ -6,7 +6,7 @@ from llmrec.retrievers import losses
 
 
 def test_chunked_softmax_equals_cross_entropy_without_the_padding_column(monkeypatch):
-    monkeypatch.setattr(losses, "ROWS", 4)  # several chunks, the last one short
+    monkeypatch.setattr(losses, "LOGITS", 36)  # several chunks, the last one short
     torch.manual_seed(0)
     vectors = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     table = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from llmrec import config
+from llmrec.errors import UserError
 from llmrec.retrievers import training
 from llmrec.retrievers.candidates import rank
 from llmrec.retrievers.lightfm import LightFM
@@ -62,7 +63,7 @@ def test_early_stopping_keeps_the_best_epoch(counting, tmp_path):
 
 
 def test_a_loss_that_explodes_stops_with_advice(counting, tmp_path):
-    with pytest.raises(ValueError, match="learning_rate"):
+    with pytest.raises(UserError, match="learning_rate"):
         fit("attention", counting, tmp_path / "a", epochs=30, learning_rate=1e30, warmup=0, gradient_clip=1e30)
 
 
