@@ -85,6 +85,11 @@ def test_a_stage_sees_the_settings_that_decide_it_and_no_others(config, change, 
     assert (before == after) == same
 
 
+def test_one_and_one_point_zero_are_the_same_setting(config):
+    whole, real = (replace(config, training=Training(learning_rate=rate)) for rate in (1, 1.0))
+    assert json.dumps(STAGES["retrieve"].decides(whole)) == json.dumps(STAGES["retrieve"].decides(real))
+
+
 def test_new_inputs_make_a_stage_stale(config):
     make("prepare", config, {"ratings": "a"})
     make("retrieve", config)

@@ -83,7 +83,8 @@ def _settings(config: Config, *keys: str) -> dict[str, Any]:
                 if key not in NOT_SEMANTIC:
                     yield from flatten(below, f"{name}.{key}" if name else key)
         else:
-            yield name, value
+            # a recipe's "1" and the 1.0 it becomes are one setting
+            yield name, int(value) if isinstance(value, float) and value.is_integer() else value
 
     values = asdict(config)
     return dict(flatten({key: values[key] for key in keys}, ""))
