@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils.logging import disable_progress_bar
 
 from llmrec.errors import UserError
 
@@ -28,6 +29,7 @@ def dequantise(source: str | Path, folder: str | Path) -> Path:
         UserError: `source` is not a GGUF file of a supported architecture.
     """
     source, folder = Path(source), Path(folder)
+    disable_progress_bar()  # a few seconds, once
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     try:

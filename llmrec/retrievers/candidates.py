@@ -117,6 +117,6 @@ def top_items(scorer: Scorer, sequences: Sequences, users: np.ndarray, ends: np.
     return found
 
 
-def rows_per_batch(item_count: int, budget_mb: int = 256) -> int:
+def rows_per_batch(item_count: int, budget_mb: int = 96) -> int:
     """How many rows of full-catalogue scores fit in a budget (three float32 copies live at once)."""
     return max(1, min(1024, budget_mb * 2**20 // (12 * item_count)))
