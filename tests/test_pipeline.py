@@ -153,7 +153,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(finished, shop, tiny
 
 
 def test_other_settings_need_a_name_or_force(finished, shop, tiny_llama):
-    done = run("sft", shop, tiny_llama, "whole", "--sft.learning_rate", "0.5")
+    done = run("evaluate", shop, tiny_llama, "whole", "--sft.learning_rate", "0.5")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "sft.learning_rate=0.0003 (now 0.5)" in done.stderr
@@ -212,7 +212,7 @@ def test_killed_at_random_moments_it_ends_with_identical_results(finished, shop,
 )
 def test_bad_settings_of_the_ranker_are_one_line(finished, shop, tiny_llama, arguments, message):
     runs = shop / "whole"
-    done = run("sft", shop, tiny_llama, "whole", "--variant", "bad", *arguments)
+    done = run("evaluate", shop, tiny_llama, "whole", "--variant", "bad", *arguments)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -25,7 +25,7 @@ from llmrec.retrievers import losses, windows
 from llmrec.retrievers.candidates import rank, rows_per_batch
 from llmrec.retrievers.sequence_model import SequenceModel
 
-FORWARD = 128  # histories per forward pass when scoring; bounds the memory of the mixers
+FORWARD = 32  # histories per forward pass when scoring; bounds the memory of the mixers
 
 
 @dataclass
