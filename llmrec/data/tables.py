@@ -13,11 +13,15 @@ import pyarrow as pa
 from llmrec.data.sequences import Sequences
 
 
-def list_column(rows: list[np.ndarray]) -> pl.Series:
-    """One list per row. Built from the flat values: polars makes fixed-size arrays of rows that happen to be equally long."""
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    values = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
-    return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))))
+def list_column(values: np.ndarray, real: np.ndarray) -> pl.Series:
+    """One list per row of a padded matrix.
+
+    Args:
+        values: (rows, longest).
+        real: which of them are no padding, (rows, longest) bool.
+    """
+    offsets = np.concatenate([[0], np.cumsum(real.sum(1))])
+    return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values[real]))))
 
 
 def load_sequences(folder: Path) -> Sequences:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,14 +27,14 @@ class Ranked:
     Attributes:
         target_rank: rank of the target among all items, 1-based, ties against it, (cases,).
         target_rank_masked: the same with the history's items taken out.
-        items: candidates of each case, best first; shorter where fewer items are left.
-        scores: their scores.
+        items: candidates of each case, best first, (cases, count) int32; 0 where fewer items are left.
+        scores: their scores, (cases, count) float32; -inf where there is no item.
     """
 
     target_rank: np.ndarray
     target_rank_masked: np.ndarray
-    items: list[np.ndarray]
-    scores: list[np.ndarray]
+    items: np.ndarray
+    scores: np.ndarray
 
 
 def _check(scores: Tensor, users: np.ndarray) -> None:
@@ -44,11 +43,12 @@ def _check(scores: Tensor, users: np.ndarray) -> None:
         raise UserError(f"the retriever's scores of user {users[int(bad.nonzero()[0])]} are not finite: lower training.learning_rate")
 
 
-def _top(scores: Tensor, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    values, index = scores.topk(min(count, scores.shape[1]), dim=1)
-    for row_items, row_scores in zip((index + 1).numpy().astype(np.int32), values.numpy(), strict=True):
-        real = row_scores > -np.inf
-        yield row_items[real], row_scores[real]
+def _top(scores: Tensor, items: np.ndarray, kept: np.ndarray) -> None:
+    """Write the best items of each row and their scores into `items` and `kept`, (rows, count)."""
+    values, index = scores.topk(min(items.shape[1], scores.shape[1]), dim=1)
+    width = values.shape[1]
+    kept[:, :width] = values.numpy()
+    items[:, :width] = np.where(kept[:, :width] > -np.inf, index.numpy() + 1, 0)
 
 
 def _mask(scores: Tensor, histories: list[np.ndarray]) -> None:
@@ -71,26 +71,31 @@ def rank(scorer: Scorer, sequences: Sequences, cases: Cases, count: int, *, repe
     Raises:
         UserError: when a score is NaN or infinite; it names the user.
     """
-    plain, masked, items, kept = [], [], [], []
+    # Made before the loop: small arrays that outlive a batch would lie between its large ones and keep their memory.
+    answer = Ranked(
+        np.zeros(len(cases), dtype=np.int32),
+        np.zeros(len(cases), dtype=np.int32),
+        np.zeros((len(cases), count), dtype=np.int32),
+        np.full((len(cases), count), -np.inf, dtype=np.float32),
+    )
     for start in range(0, len(cases), batch):
-        part = cases.take(np.arange(start, min(start + batch, len(cases))))
-        histories = [sequences.history(user, end) for user, end in zip(part.users, part.ends, strict=True)]
-        scores = scorer.scores(part.users, histories).cpu()
-        _check(scores, part.users)
-        target = torch.from_numpy(part.targets.astype(np.int64))[:, None] - 1
+        part = slice(start, start + batch)
+        users, ends = cases.users[part], cases.ends[part]
+        histories = [sequences.history(user, end) for user, end in zip(users, ends, strict=True)]
+        scores = scorer.scores(users, histories).cpu()
+        _check(scores, users)
+        target = torch.from_numpy(cases.targets[part].astype(np.int64))[:, None] - 1
         own = scores.gather(1, target)
-        plain.append((scores >= own).sum(1).numpy())
+        answer.target_rank[part] = (scores >= own).sum(1).numpy()
         if repeats:
-            top = list(_top(scores, count))
+            _top(scores, answer.items[part], answer.scores[part])
         _mask(scores, histories)
         scores.scatter_(1, target, own)  # a repeated target stays an answer
-        masked.append((scores >= own).sum(1).numpy())
+        answer.target_rank_masked[part] = (scores >= own).sum(1).numpy()
         if not repeats:
             _mask(scores, histories)
-            top = list(_top(scores, count))
-        items += [row for row, _ in top]
-        kept += [row for _, row in top]
-    return Ranked(np.concatenate(plain), np.concatenate(masked), items, kept)
+            _top(scores, answer.items[part], answer.scores[part])
+    return answer
 
 
 @torch.inference_mode()
@@ -106,14 +111,14 @@ def top_items(scorer: Scorer, sequences: Sequences, users: np.ndarray, ends: np.
         batch: rows scored at a time.
     """
     found = np.zeros((len(users), count), dtype=np.int32)
+    kept = np.full((len(users), count), -np.inf, dtype=np.float32)
     for start in range(0, len(users), batch):
         rows = slice(start, start + batch)
         histories = [sequences.history(user, end) for user, end in zip(users[rows], ends[rows], strict=True)]
         scores = scorer.scores(users[rows], histories).cpu()
         _check(scores, users[rows])
         _mask(scores, histories)
-        for at, (items, _) in enumerate(_top(scores, count)):
-            found[start + at, : len(items)] = items
+        _top(scores, found[rows], kept[rows])
     return found
 
 

@@ -245,7 +245,7 @@ def _write_tables(
             "ranker_scores": answers["orpo", split],
             "fused_scores": fused[split].astype(np.float32),
         }
-        columns = {name: list_column([row[keep] for row, keep in zip(rows, real, strict=True)]) for name, rows in lists.items()}
+        columns = {name: list_column(values, real) for name, values in lists.items()}
         tables.append(pl.DataFrame({"user": q.users, "split": [split] * len(q.users), "target": q.targets} | columns))
     pl.concat(tables).write_parquet(run.work / "rankings.parquet")
     test = asked["test"]

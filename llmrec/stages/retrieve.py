@@ -127,8 +127,8 @@ def _candidate_table(cases: Cases, ranked: Any) -> pl.DataFrame:
             "target": cases.targets,
             "target_rank": ranked.target_rank.astype(np.int32),
             "target_rank_masked": ranked.target_rank_masked.astype(np.int32),
-            "items": list_column(ranked.items),
-            "scores": list_column(ranked.scores),
+            "items": list_column(ranked.items, ranked.items > 0),
+            "scores": list_column(ranked.scores, ranked.items > 0),
         }
     )
 

@@ -42,12 +42,12 @@ def test_lists_are_short_where_few_items_are_left(counting, scorer):
     cases = counting.cases("test")
     found = rank(scorer, counting, cases, 30, repeats=False, batch=16)
     left = [30 - len(set(counting.history(user, end))) for user, end in zip(cases.users, cases.ends, strict=True)]
-    assert [len(items) for items in found.items] == left
+    assert (found.items > 0).sum(1).tolist() == left
 
 
 def test_repeats_may_come_from_the_history(counting, scorer):
     found = rank(scorer, counting, counting.cases("test"), 30, repeats=True, batch=16)
-    assert all(len(items) == 30 for items in found.items)
+    assert (found.items > 0).all()
 
 
 def test_scores_that_are_no_numbers_are_an_error_naming_the_user(counting, scorer):
