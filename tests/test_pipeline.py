@@ -173,12 +173,13 @@ def comparable(folder: Path):
     return found
 
 
-def test_killed_at_random_moments_it_ends_with_identical_results(finished, shop, tiny_llama):
-    draw = random.Random(os.environ.get("LLMREC_KILL_SEED", "7"))
+@pytest.mark.parametrize("seed", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_identical_results(finished, shop, tiny_llama, seed):
+    draw, runs = random.Random(seed), f"killed{seed}"
     killed = 0
     for _ in range(6):
         process = subprocess.Popen(
-            command("evaluate", shop, tiny_llama, "killed"),
+            command("evaluate", shop, tiny_llama, runs),
             cwd=shop,
             env=environment(shop),
             stdout=subprocess.DEVNULL,
@@ -197,9 +198,9 @@ def test_killed_at_random_moments_it_ends_with_identical_results(finished, shop,
             killed += 1
             time.sleep(0.1)
     assert killed >= 2
-    done = run("evaluate", shop, tiny_llama, "killed")
+    done = run("evaluate", shop, tiny_llama, runs)
     assert done.returncode == 0, done.stderr
-    whole, resumed = comparable(shop / "whole"), comparable(shop / "killed")
+    whole, resumed = comparable(shop / "whole"), comparable(shop / runs)
     assert whole.keys() == resumed.keys()
     for path, content in whole.items():
         assert resumed[path] == content, path
