@@ -7,7 +7,6 @@ are cleaned, and control tokens are not parsed from text. No torch and no transf
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmrec.config import Prompting
+from llmrec.data.titles import without_year
 from llmrec.errors import UserError
 from llmrec.templates import Template
 from llmrec.untrusted import safe_title
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 SHORTER_TITLES = (24, 16, 8, 4)
 """Tokens a title is cut to, one after the other, when a prompt with a single title of history is still too long."""
-
-_YEAR = re.compile(r"\s*\(\d{4}(?:\s*[-–]\s*\d{4})?\)$")
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class PromptWriter:
         if (item, cap) not in self._cut:
             title = safe_title(self.titles[item], self._special_tokens)
             if self.config.years == "drop":
-                title = _YEAR.sub("", title) or title
+                title = without_year(title)
             encoded = self.tokenizer(title, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False)
             starts = [start for start, _ in encoded.offset_mapping]
             # The first token that is dropped may begin inside a character (bytes of an emoji); its offset is the character's.

@@ -5,8 +5,7 @@ Published tables mix protocols without saying so. Every metrics.json therefore c
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from llmrec.config import Config
 
@@ -72,9 +71,3 @@ def card(
         seed=config.seed,
         users_evaluated=users_evaluated,
     )
-
-
-def differences(a: ProtocolCard, b: ProtocolCard) -> dict[str, tuple[Any, Any]]:
-    """The entries in which two cards differ, as name -> (of a, of b). Empty: the numbers may be compared."""
-    first, second = asdict(a), asdict(b)
-    return {name: (first[name], second[name]) for name in first if first[name] != second[name]}

@@ -4,7 +4,7 @@ import sys
 from dataclasses import asdict
 
 from llmrec.config import Config, Filter
-from llmrec.evaluation.protocol import ProtocolCard, card, differences
+from llmrec.evaluation.protocol import ProtocolCard, card
 
 KNOWN = {"data_fingerprint": "ab12", "ambiguous_targets": 7, "users_evaluated": 943, "candidate_set": "all items", "history_masked": False}
 
@@ -18,12 +18,6 @@ def test_a_card_says_what_the_filter_kept():
     assert card(Config(), **KNOWN).filter == "iterative 5-core"
     kept = card(Config(filter=Filter(core=0, minimum_rating=3.5, untitled="drop")), **KNOWN).filter
     assert kept == "no core, ratings of at least 3.5, items with a title"
-
-
-def test_differences_name_what_differs_and_nothing_else():
-    a, b = card(Config(), **KNOWN), card(Config(seed=1), **KNOWN | {"history_masked": True})
-    assert differences(a, a) == {}
-    assert differences(a, b) == {"history_masked": (False, True), "seed": (0, 1)}
 
 
 def test_evaluation_loads_no_torch():
