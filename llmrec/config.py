@@ -165,6 +165,8 @@ class Retrieval:
     """Candidates kept per user."""
     repeats: bool = False
     """Whether a candidate may come from the user's history (listening, groceries); set by the dataset recipe."""
+    keep_states: bool = False
+    """Keep every user's state, so that new events cost one step each; for sequence models whose mixer has a state."""
 
 
 # ---------------------------------------------------------------- prompts and pairs

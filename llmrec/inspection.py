@@ -52,6 +52,7 @@ def doctor() -> dict[str, Any]:
 
     from llmrec import assets
     from llmrec.rankers.backbone import best_dtype
+    from llmrec.ssm import kernels
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -68,11 +69,13 @@ def doctor() -> dict[str, Any]:
         "cache": {"folder": str(cache), "has": present},
         "data": os.environ.get("LLMREC_DATA"),
         "compiler": shutil.which("gcc") or shutil.which("cc"),
+        "kernels": kernels.usable(),
         "missing": missing,
     }
     print("  ".join(f"{name} {version}" for name, version in machine.versions().items()))
     print(f"{facts['cpu']}, {facts['cores']} cores, {memory:,} MB memory, language models compute in {facts['dtype']}")
     print(f"GPUs: {', '.join(gpus) or 'none (everything runs on the CPU)'}")
+    print(f"state-space kernels: {', '.join(f'{name} {found}' for name, found in facts['kernels'].items())}")
     print(f"cache: {cache} has {', '.join(present) or 'nothing yet'}; LLMREC_DATA: {facts['data'] or 'not set'}")
     for name, remedy in missing.items():
         print(f"not installed: {name:<15}{remedy}")

@@ -114,6 +114,14 @@ def test_runs_of_an_empty_folder(tmp_path, capsys):
     assert json.loads(last) == []
 
 
+def test_doctor_names_the_state_space_kernels(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    *_, last = text.splitlines()
+    assert set(json.loads(last)["kernels"]) == {"mamba-ssm", "causal-conv1d", "flash-linear-attention", "GPU", "C++ compiler"}
+    assert "state-space kernels: mamba-ssm" in text
+
+
 def test_unknown_recipe_kinds_raise():
     with pytest.raises(UserError, match="unknown ranker"):
         resources.find("recipes/rankers", "gpt-9")

@@ -6,12 +6,15 @@ without. Post-norm throughout, as in RecBole's SASRec and in Mamba4Rec (arXiv 24
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec import config
-from llmrec.retrievers.mixers import build_mixer
+from llmrec.retrievers.mixers import build_mixer, check_steps
 
 
 class Layer(nn.Module):
@@ -19,7 +22,7 @@ class Layer(nn.Module):
 
     def __init__(self, model: config.SequenceModel):
         super().__init__()
-        self.mixer = build_mixer(model)
+        self.mixer: Any = build_mixer(model)
         self.residual = model.residual
         self.dropout = nn.Dropout(model.dropout)
         self.mixer_norm = nn.LayerNorm(model.dim, eps=1e-12)
@@ -28,7 +31,20 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(model.dim, eps=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = self.dropout(self.mixer(x))
+        return self._feed_forward(x, self.mixer(x))
+
+    def read(self, x: Tensor, mask: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """All positions at once, going on from a state: (batch, length, dim) to the same, and the new state."""
+        mixed, state = self.mixer(x, mask=mask, state=state, return_state=True)
+        return self._feed_forward(x, mixed), state
+
+    def step(self, state: Any, x: Tensor) -> tuple[Tensor, Any]:
+        """One position: (batch, dim) to the same, and the new state."""
+        mixed, state = self.mixer.step(state, x)
+        return self._feed_forward(x, mixed), state
+
+    def _feed_forward(self, x: Tensor, mixed: Tensor) -> Tensor:
+        mixed = self.dropout(mixed)
         x = self.mixer_norm(mixed + x if self.residual else mixed)
         inner = self.down(self.dropout(F.gelu(self.up(x))))
         return self.norm(self.dropout(inner) + x)
@@ -45,11 +61,13 @@ class SequenceModel(nn.Module):
 
     def __init__(self, model: config.SequenceModel, item_count: int, max_length: int):
         super().__init__()
+        self.config = model
         self.items = nn.Embedding(item_count + 1, model.dim, padding_idx=0)
         self.positions = nn.Embedding(max_length, model.dim) if model.positions else None
         self.dropout = nn.Dropout(model.dropout)
         self.norm = nn.LayerNorm(model.dim, eps=1e-12)
-        self.layers = nn.ModuleList(Layer(model) for _ in range(model.layers))
+        layers = nn.ModuleList(Layer(model) for _ in range(model.layers))
+        self.layers: Iterable[Layer] = layers  # type: ignore[assignment]  # a ModuleList does not say of what
         self.apply(_initialise)
 
     def forward(self, history: Tensor) -> Tensor:
@@ -61,6 +79,59 @@ class SequenceModel(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+    def initial_states(self, batch: int) -> list[Any]:
+        """One state per layer, as before the first event. A state is a (nested) tuple of tensors whose first dimension is the batch.
+
+        Raises:
+            UserError: when the past does not fit into a state of constant size (attention, positions).
+        """
+        check_steps(self.config)
+        return [layer.mixer.initial_state(batch) for layer in self.layers]
+
+    def read(self, history: Tensor, states: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
+        """`forward` with the states out, so that the next events need not read these again.
+
+        Args:
+            history: (batch, length) items, padded with 0 on the right; a row may be nothing but padding.
+            states: what precedes the first item; None is nothing.
+
+        Returns:
+            (batch, length, dim), and the states after each row's last real item.
+
+        Raises:
+            UserError: as `initial_states`.
+        """
+        if states is None:
+            states = self.initial_states(len(history))
+        check_steps(self.config)
+        after = []
+        x, mask = self.norm(self.dropout(self.items(history))), history > 0
+        for layer, state in zip(self.layers, states, strict=True):
+            x, state = layer.read(x, mask, state)
+            after.append(state)
+        return x, after
+
+    def step(self, states: list[Any], items: Tensor) -> tuple[Tensor, list[Any]]:
+        """One event more, at a cost that does not depend on the past. Call `eval` first: dropout is as in `forward`.
+
+        Args:
+            states: of `initial_states`, `read` or an earlier step.
+            items: (batch,) from 1.
+
+        Returns:
+            The vector that scores the next item, (batch, dim), and the new states.
+
+        Raises:
+            UserError: as `initial_states`.
+        """
+        check_steps(self.config)
+        after = []
+        x = self.norm(self.dropout(self.items(items)))
+        for layer, state in zip(self.layers, states, strict=True):
+            x, state = layer.step(state, x)
+            after.append(state)
+        return x, after
 
     def last(self, history: Tensor, lengths: Tensor) -> Tensor:
         """The vector at each history's last real position, (batch, dim)."""

@@ -7,13 +7,16 @@ over a slab small enough for the cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
-SLAB = 1 << 19  # elements worked on at a time: 2 MiB of float32, about the second-level cache of two cores
+from llmrec.ssm import kernels, native
+
+SLAB = 1 << 20  # elements worked on at a time: 4 MiB of float32
 
 
 def conv_silu(
@@ -41,16 +44,20 @@ def conv_silu(
         Pieces of (batch, length, size).
     """
     reach = weight.shape[-1] - 1
+    if not x.numel():
+        return x.split(sizes, 2)
+    if kernel := kernels.conv_kernel(x, weight, bias, sizes, ahead=ahead, before=before, seq_idx=seq_idx, reference=conv_silu):
+        return kernel(x, weight, bias, sizes, before=before, seq_idx=seq_idx)
     if bias is None:
         bias = x.new_zeros(x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
-        if before is None:
-            return _ConvSilu.apply(x, weight[:, 0].to(x.dtype), bias.to(x.dtype), sizes, ahead, seq_idx)
+    if before is not None:
+        x = torch.cat([before.to(x.dtype), x], 1)
         if seq_idx is not None:  # what came before belongs to the first sequence
             seq_idx = torch.cat([seq_idx[:, :1].expand(-1, reach), seq_idx], 1)
-        longer = torch.cat([before.to(x.dtype), x], 1)
-        pieces = _ConvSilu.apply(longer, weight[:, 0].to(x.dtype), bias.to(x.dtype), sizes, ahead, seq_idx)
-        return tuple(piece[:, reach:] for piece in pieces)
+    function = native.NativeConv if native.takes_conv(x, reach + 1, len(sizes)) else _ConvSilu
+    with torch.autocast(x.device.type, enabled=False):
+        pieces = function.apply(x, weight[:, 0].to(x.dtype), bias.to(x.dtype), sizes, ahead, seq_idx)
+    return pieces if before is None else tuple(piece[:, reach:] for piece in pieces)
 
 
 def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +67,7 @@ def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) ->
     return F.silu(mixed if bias is None else mixed + bias), window[:, 1:]
 
 
-def last_inputs(x: Tensor, width: int, before: Tensor | None, ends: Tensor | None) -> Tensor:
+def last_inputs(x: Tensor, width: int, before: Tensor | None, ends: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
     """The last width - 1 inputs of each row, for the next call's `before`: (batch, width - 1, channels).
 
     Args:
@@ -68,13 +75,22 @@ def last_inputs(x: Tensor, width: int, before: Tensor | None, ends: Tensor | Non
         width: of the convolution.
         before: what preceded x; None is zeros.
         ends: number of positions up to and with the last real one, (batch,); None is all.
+        seq_idx: as for `conv_silu`; inputs of another sequence than the last are zeros.
     """
+    batch, length, channels = x.shape
     if before is None:
-        before = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+        before = x.new_zeros(batch, width - 1, channels)
     if ends is None:
-        return torch.cat([before, x[:, -width:]], 1)[:, min(x.shape[1], width) :]
-    rows = torch.arange(x.shape[0], device=x.device)[:, None]
-    return torch.cat([before, x], 1)[rows, ends[:, None] + torch.arange(width - 1, device=x.device)]
+        x = x[:, -width:]
+        seq_idx = None if seq_idx is None else seq_idx[:, -width:]
+        ends = torch.full((batch,), x.shape[1], device=x.device)
+    window = ends[:, None] + torch.arange(width - 1, device=x.device)  # columns of [before, x]
+    rows = torch.arange(batch, device=x.device)[:, None]
+    last = torch.cat([before, x], 1)[rows, window]
+    if seq_idx is None or not length:
+        return last
+    whose = torch.cat([seq_idx[:, :1].expand(-1, width - 1), seq_idx], 1)
+    return last * (whose[rows, window] == whose[rows, (ends + width - 2)[:, None]])[..., None]
 
 
 def _slabs(shape: torch.Size) -> Iterator[tuple[slice, int, int]]:
@@ -108,7 +124,7 @@ def _shifted(x: Tensor, shift: int, rows: slice, start: int, end: int, seq_idx: 
 class _ConvSilu(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, sizes: list[int], ahead: int, seq_idx: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, sizes: list[int], ahead: int, seq_idx: Tensor | None
     ) -> tuple[Tensor, ...]:
         taps = _taps(weight, ahead)
         conv = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -127,7 +143,7 @@ class _ConvSilu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *dpieces: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dpieces: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, conv, seq_idx = ctx.saved_tensors
         taps = _taps(weight, ctx.ahead)
         reach = weight.shape[1] - 1 - ctx.ahead

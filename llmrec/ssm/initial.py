@@ -37,5 +37,5 @@ def log_uniform(count: int, low: float, high: float) -> Tensor:
 
 
 def inverse_softplus(step: Tensor) -> Tensor:
-    """b with softplus(b) = step."""
+    """The b with softplus(b) = step."""
     return step + torch.log(-torch.expm1(-step))

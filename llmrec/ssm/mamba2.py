@@ -124,7 +124,7 @@ class Mamba2(nn.Module):
         out = self.out_proj(self._gated_norm(y.flatten(2), z))
         if ssm is None:
             return out
-        return out, State(last_inputs(xBC, self.conv1d.kernel_size[0], before, ends_of(mask)), ssm)
+        return out, State(last_inputs(xBC, self.conv1d.kernel_size[0], before, ends_of(mask), seq_idx), ssm)
 
     def step(self, state: State, u: Tensor) -> tuple[Tensor, State]:
         """One position more: u (batch, d_model) to the same, and the new state. The cost does not depend on the past."""

@@ -17,11 +17,14 @@ CPU:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
+
+from llmrec.ssm import kernels, native
 
 
 def ssd(
@@ -58,22 +61,46 @@ def ssd(
     Raises:
         ValueError: when heads is not a multiple of the number of groups.
     """
-    batch, length, heads, _ = x.shape
+    batch, _, heads, _ = x.shape
     if heads % B.shape[2]:
         raise ValueError(f"{heads} heads cannot share {B.shape[2]} groups of B and C")
     if not x.numel():
         return x, state if state is not None or not return_state else x.new_zeros(batch, *x.shape[2:], B.shape[3])
+    if kernel := kernels.ssd_kernel(x, B, D, chunk=chunk, state=state, seq_idx=seq_idx, reference=ssd):
+        return kernel(x, dt, A, B, C, D, chunk=chunk, state=state, seq_idx=seq_idx, return_state=return_state)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         x_, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
         D = A.new_zeros(heads) if D is None else D.to(dtype)
-        chunk = _chunk_that_fits((dt * A).detach(), chunk)
-        padding = -length % chunk  # zero steps at the end change neither outputs nor state
-        if padding:
-            x_, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding)) for t in (x_, dt, B, C))
-            seq_idx = None if seq_idx is None else torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, padding)], 1)
-        y, end = _SSD.apply(x_, dt, A, B, C, D, None if state is None else state.to(dtype), seq_idx, chunk, return_state)
-    return y[:, :length].to(x.dtype), end
+        state = None if state is None else state.to(dtype)
+        if native.takes_scan(x_, B.shape[3]):
+            y, end = native.NativeScan.apply(x_, dt, A, B, C, D, state, seq_idx)
+        else:
+            y, end = _in_blocks(x_, dt, A, B, C, D, state, seq_idx, chunk, return_state)
+    return y.to(x.dtype), end if return_state else None
+
+
+def _in_blocks(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk: int,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The scan as matrix products, the length brought to whole blocks."""
+    length = x.shape[1]
+    chunk = _chunk_that_fits((dt * A).detach(), chunk)
+    padding = -length % chunk  # zero steps at the end change neither outputs nor state
+    if padding:
+        x, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding)) for t in (x, dt, B, C))
+        seq_idx = None if seq_idx is None else torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, padding)], 1)
+    y, end = _SSD.apply(x, dt, A, B, C, D, state, seq_idx, chunk, return_state)
+    return y[:, :length], end
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +148,10 @@ class _Blocks:
         self.across = self.out.clone()
         self.across[:, :-1] *= self.into[:, 1:]
 
-        self.same = self.reads = self.adds = self.whole = None
+        self.same: Tensor | None = None
+        self.reads: Tensor | None = None
+        self.adds: Tensor | None = None
+        self.whole: Tensor | None = None
         if seq_idx is not None:
             self._keep_apart(seq_idx.unflatten(1, (-1, chunk)))
 
@@ -167,7 +197,7 @@ def _masked(t: Tensor, mask: Tensor | None) -> Tensor:
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         dt: Tensor,
         A: Tensor,
@@ -202,7 +232,12 @@ class _SSD(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor | None, dend: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dend: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return _SSD._gradients(ctx, dy, dend)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor | None, dend: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, seq_idx, scores, entering, end, y = ctx.saved_tensors
         dy = torch.zeros_like(y) if dy is None else dy
         blocks = _Blocks(x, dt, A, B, C, seq_idx, ctx.chunk)

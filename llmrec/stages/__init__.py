@@ -14,7 +14,8 @@ from llmrec.config import Config, Retrieval
 from llmrec.templates import load_template
 
 RECIPES = {"dataset": "recipes/datasets", "retriever": "recipes/retrievers", "ranker": "recipes/rankers", "recipe": "recipes/orpo"}
-NOT_SEMANTIC = {"save_steps", "report_to", "licence", "wheel", "urls", "checksums"}  # settings that change no result
+# settings that change no result; keep_states adds a file, which `_retrieve` sees to
+NOT_SEMANTIC = {"save_steps", "report_to", "licence", "wheel", "urls", "checksums", "keep_states"}
 
 DATA = ("dataset", "runs", "seed", "source", "filter", "split")
 RETRIEVER = (*DATA, "retriever", "retrieval", "model", "training", "lightfm")
@@ -102,7 +103,8 @@ def _template(config: Config) -> dict[str, Any]:
 
 def _retrieve(config: Config) -> dict[str, Any]:
     sections = {"sequence": ("model", "training"), "lightfm": ("lightfm",), "popularity": ()}[config.retrieval.kind]
-    return _settings(config, "retrieval", *sections, *(["seed"] if sections else []))
+    settings = _settings(config, "retrieval", *sections, *(["seed"] if sections else []))
+    return settings | ({"retrieval.keep_states": True} if config.retrieval.keep_states else {})
 
 
 def lightfm_config(config: Config) -> Config:

@@ -22,13 +22,16 @@ from llmrec.runs import Run, say
 def retrieve(run: Run) -> None:
     """Train the retriever on the training part and rank the catalogue for the validation and test users.
 
-    Reads `prepare`. Writes model.safetensors, candidates.parquet, per_user.parquet, metrics.json.
+    Reads `prepare`. Writes model.safetensors, candidates.parquet, per_user.parquet, metrics.json, and states.safetensors
+    where `retrieval.keep_states` asks for it.
     """
     from safetensors.torch import save_file
 
     from llmrec.retrievers import candidates
 
     config = run.config
+    if config.retrieval.keep_states:
+        _check_states(config)
     sequences = load_sequences(run.input("prepare"))
     scorer, state, trained = _train(config, sequences, run)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, run.work / "model.safetensors")
@@ -44,6 +47,8 @@ def retrieve(run: Run) -> None:
         per_user.append(_per_user(cases, ranked.target_rank))
     pl.concat(tables).write_parquet(run.work / "candidates.parquet")
     pl.concat(per_user).write_parquet(run.work / "per_user.parquet")
+    if config.retrieval.keep_states:
+        _keep_states(scorer.model, sequences, run.work / "states.safetensors")
 
     facts = load_statistics(run.input("prepare"))
     card = protocol.card(
@@ -117,6 +122,27 @@ def load(folder: Path, config: Config, item_count: int) -> Any:
         model.load_state_dict(state)
         return SequenceScorer(model, config.training.max_length)
     return LightFM(**state) if config.retrieval.kind == "lightfm" else Popularity(**state)
+
+
+def _check_states(config: Config) -> None:
+    """Before the training, not after it."""
+    from llmrec.retrievers.mixers import check_steps
+
+    if config.retrieval.kind != "sequence":
+        raise UserError(
+            f"{config.retrieval.kind} has no states to keep: leave retrieval.keep_states false, or take a sequence model such as 2mamba4rec"
+        )
+    check_steps(config.model)
+
+
+def _keep_states(model: Any, sequences: Sequences, path: Path) -> None:
+    """Every user's state after all of his events, test events too: for the next recommendation, not for any evaluation."""
+    from llmrec.retrievers import online
+
+    histories = [sequences.history(user, end) for user, end in enumerate(sequences.offsets[1:])]
+    online.save(online.read(model, histories), path)
+    size = path.stat().st_size / 2**20
+    say(f"states of {len(histories):,} users after all their events, {size:.0f} MB: for recommendations to come; no evaluation uses them")
 
 
 def _candidate_table(cases: Cases, ranked: Any) -> pl.DataFrame:

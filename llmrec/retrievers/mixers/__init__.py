@@ -1,6 +1,8 @@
 """What mixes the positions of a history: one file per mixer, one line here.
 
-A mixer maps (batch, length, dim) to the same; `CAUSAL` says whether position t sees only positions up to t.
+A mixer maps (batch, length, dim) to the same; `CAUSAL` says whether position t sees only positions up to t, `STEPS` whether
+the past fits into a state of constant size (then it has `initial_state`, `step` and `forward(..., state, return_state)` as
+the layers of llmrec/ssm do).
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from llmrec.config import Mixer, SequenceModel
+from llmrec.errors import UserError
 from llmrec.retrievers.mixers import attention, mamba2
 
 MIXERS = {"attention": attention, "mamba2": mamba2}
@@ -21,3 +24,19 @@ def build_mixer(model: SequenceModel) -> nn.Module:
 def is_causal(mixer: Mixer) -> bool:
     """Whether the mixer may be trained on all positions at once."""
     return MIXERS[mixer.name].CAUSAL
+
+
+def check_steps(model: SequenceModel) -> None:
+    """Make sure that a model of these sizes can go on from a state, one event at a time.
+
+    Raises:
+        UserError: when it cannot; it names the mixers that can.
+    """
+    if not MIXERS[model.mixer.name].STEPS:
+        problem = f"mixer {model.mixer.name} reads all earlier events again at every step"
+    elif model.positions:
+        problem = "with model.positions every new event moves all others to another position"
+    else:
+        return
+    able = ", ".join(name for name, mixer in MIXERS.items() if mixer.STEPS)
+    raise UserError(f"{problem}, so there is no state to keep: take a mixer that has one ({able}) and model.positions false")

@@ -9,6 +9,7 @@ from llmrec.config import SequenceModel
 from llmrec.errors import UserError
 
 CAUSAL = True
+STEPS = False
 
 
 class CausalAttention(nn.Module):

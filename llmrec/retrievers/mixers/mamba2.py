@@ -6,6 +6,7 @@ from llmrec.config import SequenceModel
 from llmrec.ssm import Mamba2
 
 CAUSAL = True
+STEPS = True
 
 
 def build(model: SequenceModel) -> Mamba2:
