@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmrec.ssm import native
 from llmrec.ssm.conv import conv_silu
 from llmrec.ssm.scan import selective_scan, selective_scan_step
 from llmrec.ssm.ssd import ssd
@@ -28,17 +29,17 @@ if TYPE_CHECKING:
 
 
 class Accelerated(AbstractContextManager["Accelerated"]):
-    """The mixers that one call of `accelerate` changed. `remove`, or leaving the context, gives them back their own code."""
+    """The modules that one call of `accelerate` changed. `remove`, or leaving the context, gives them back their own code."""
 
-    def __init__(self, mixers: Iterable[nn.Module]):
-        self._mixers = {mixer: type(mixer) for mixer in mixers}
-        for mixer, theirs in self._mixers.items():
-            mixer.__class__ = _classes()[theirs]
+    def __init__(self, modules: Iterable[nn.Module]):
+        self._modules = {module: type(module) for module in modules}
+        for module, theirs in self._modules.items():
+            module.__class__ = _Linear if theirs is nn.Linear else _classes()[theirs]
 
     def remove(self) -> None:
         """Back to the code of transformers."""
-        for mixer, theirs in self._mixers.items():
-            mixer.__class__ = theirs
+        for module, theirs in self._modules.items():
+            module.__class__ = theirs
 
     def __exit__(self, *error: object) -> None:
         self.remove()
@@ -46,6 +47,9 @@ class Accelerated(AbstractContextManager["Accelerated"]):
 
 def accelerate(model: nn.Module) -> Accelerated:
     """Makes a Mamba or Mamba-2 model of transformers faster on a CPU. Outputs, gradients and caches stay what they were.
+
+    Its mixers get our convolution and scans; its linear layers, the head too, a product that reads the weights faster
+    where there are only a few rows and no gradient, which is what decoding waits for.
 
     A mixer whose weights lie on another device when it is called runs the code of transformers, which has kernels there.
     State dicts are the same, a pickle is one of the plain model, and a deep copy is as fast as its original. What is
@@ -61,19 +65,42 @@ def accelerate(model: nn.Module) -> Accelerated:
         ValueError: when there is no such module in the model.
     """
     classes = _classes()
-    found = [module for module in model.modules() if isinstance(module, tuple(classes))]
-    if not found:
+    mixers = [module for module in model.modules() if isinstance(module, tuple(classes))]
+    if not mixers:
         raise ValueError(
             f"{type(model).__name__} has neither MambaMixer nor Mamba2Mixer modules: accelerate takes transformers' mamba and mamba2 models"
         )
     # not a subclass, whose forward may compute something else, and only the activation that conv_silu has
-    return Accelerated(module for module in found if type(module) in classes and module.activation in ("silu", "swish"))
+    ours = [module for module in mixers if type(module) in classes and module.activation in ("silu", "swish")]
+    return Accelerated([*ours, *(module for module in model.modules() if type(module) is nn.Linear)])
 
 
 class _Faster(nn.Module):
-    """Comes before one of transformers' mixers in the bases of a class: another forward, but pickled as `theirs`."""
+    """Comes first in the bases of a class: another forward, but pickled as `theirs`."""
 
     theirs: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return object.__new__, (self.theirs,), self.__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Faster:
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+
+class _Linear(_Faster, nn.Linear):
+    theirs = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        if native.takes_linear(input, self.weight):
+            return native.linear(input, self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias)
+
+
+class _Mixer(_Faster):
+    """Before one of transformers' mixers."""
+
     mix: Callable[..., Tensor]
     conv1d: nn.Conv1d
 
@@ -85,23 +112,15 @@ class _Faster(nn.Module):
             return super().forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
         return self.mix(hidden_states, cache_params, attention_mask)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return object.__new__, (self.theirs,), self.__getstate__()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Faster:
-        twin = memo[id(self)] = object.__new__(type(self))
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
-
 
 @functools.cache
-def _classes() -> dict[type[nn.Module], type[_Faster]]:
+def _classes() -> dict[type[nn.Module], type[_Mixer]]:
     """Ours for each class of mixers. Made when first asked for: transformers takes seconds to import."""
     from transformers.models.mamba.modeling_mamba import MambaMixer
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
     return {
-        theirs: type(f"Accelerated{theirs.__name__}", (_Faster, theirs), {"theirs": theirs, "mix": mix})
+        theirs: type(f"Accelerated{theirs.__name__}", (_Mixer, theirs), {"theirs": theirs, "mix": mix})
         for theirs, mix in ((MambaMixer, _mamba), (Mamba2Mixer, _mamba2))
     }
 
@@ -175,7 +194,10 @@ def _convolution(mixer: Mamba2Mixer | MambaMixer, x: Tensor, sizes: list[int], c
 
 
 def _ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor) -> Tensor:
-    """`llmrec.ssm.ssd.ssd_step` that overwrites the state: it is written twice and read once, without a temporary as large."""
+    """`llmrec.ssm.ssd.ssd_step` that overwrites the state, without a temporary as large."""
+    single = all(t.dtype == torch.float32 for t in (dt, D, state))
+    if single and state.is_contiguous() and native.takes_scan(x, state.shape[-1]) and not torch.is_grad_enabled():
+        return native.scan_step_(x, dt, A, B, C, D, state)
     state.mul_((dt * A).exp()[..., None, None])
     groups = state.unflatten(1, (B.shape[1], -1))  # (batch, groups, heads per group, headdim, d_state)
     groups.addcmul_((dt[..., None] * x).unflatten(1, groups.shape[1:3])[..., None], B[:, :, None, None])

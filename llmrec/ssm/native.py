@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+FEW = 8  # rows, up to which `linear` is used
 LANES = 16  # d_state must be a multiple
 BLOCK = 64  # positions per stored state
 MAX_WIDTH, MAX_PIECES = 8, 8  # of the convolution; all as in native.cpp
@@ -55,7 +56,7 @@ def library() -> ctypes.CDLL | None:
     source = Path(__file__).with_name("native.cpp")
     identity = [source.read_text(), *FLAGS, compiler, platform.processor(), _processor()]
     name = f"native-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llmrec" / "kernels"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmrec" / "kernels"
     try:
         if not (folder / name).exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +94,34 @@ def takes_conv(x: Tensor, width: int, pieces: int) -> bool:
 
 def _takes(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and library() is not None
+
+
+def takes_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` can do this product, and is faster than torch: a few rows, no gradient."""
+    few = x.numel() <= FEW * weight.shape[1]
+    return few and not torch.is_grad_enabled() and weight.is_contiguous() and _takes(x) and _takes(weight)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` for a few rows: decoding is bound by reading the weights, which torch's products do at half the speed."""
+    rows = x.reshape(-1, weight.shape[1]).contiguous()
+    y = x.new_empty(len(rows), len(weight))
+    sizes = (ctypes.c_int64(size) for size in (len(rows), rows.shape[1], len(weight)))
+    kernels = library()
+    assert kernels is not None
+    kernels.llmrec_matvec(*sizes, _at(weight), _at(rows), _at(bias), _at(y), torch.get_num_threads())
+    return y.view(*x.shape[:-1], -1)
+
+
+def scan_step_(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor) -> Tensor:
+    """`ssd_step` without gradient that overwrites the (contiguous) state. Returns y."""
+    x, dt, A, B, C, D = (t.contiguous() for t in (x, dt, A, B, C, D))
+    y = torch.empty_like(x)
+    scan = _Scan(len(x), 1, *x.shape[1:], *B.shape[1:], *(_at(t) for t in (x, dt, A, B, C, D, None)))
+    kernels = library()
+    assert kernels is not None
+    kernels.llmrec_scan_forward(ctypes.byref(scan), 1, _at(y), _at(state), None, x.shape[1] // B.shape[1], torch.get_num_threads())
+    return y
 
 
 class NativeScan(torch.autograd.Function):

@@ -65,7 +65,8 @@ def ssd(
     if heads % B.shape[2]:
         raise ValueError(f"{heads} heads cannot share {B.shape[2]} groups of B and C")
     if not x.numel():
-        return x, state if state is not None or not return_state else x.new_zeros(batch, *x.shape[2:], B.shape[3])
+        end = x.new_zeros(batch, *x.shape[2:], B.shape[3]) if state is None else state
+        return x, end if return_state else None
     if kernel := kernels.ssd_kernel(x, B, D, chunk=chunk, state=state, seq_idx=seq_idx, reference=ssd):
         return kernel(x, dt, A, B, C, D, chunk=chunk, state=state, seq_idx=seq_idx, return_state=return_state)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -233,12 +234,13 @@ class _SSD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dend: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return _SSD._gradients(ctx, dy, dend)
+        saved = ctx.saved_tensors
+        with torch.autocast(saved[0].device.type, enabled=False):
+            return _SSD._gradients(ctx, saved, dy, dend)
 
     @staticmethod
-    def _gradients(ctx: Any, dy: Tensor | None, dend: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, seq_idx, scores, entering, end, y = ctx.saved_tensors
+    def _gradients(ctx: Any, saved: tuple[Tensor, ...], dy: Tensor | None, dend: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, seq_idx, scores, entering, end, y = saved
         dy = torch.zeros_like(y) if dy is None else dy
         blocks = _Blocks(x, dt, A, B, C, seq_idx, ctx.chunk)
         dy_ = blocks.scaled(dy, blocks.rise)
@@ -247,14 +249,14 @@ class _SSD(torch.autograd.Function):
         dv = torch.bmm(scores.mT, dy_)
 
         dstate = None
-        meets = 0  # (b k gep): <h, dh> at the end of each block
+        meets = x.new_zeros(())  # <h, dh> at the end of each block
         if entering is not None:
             dy_in, v_out = _masked(dy_, blocks.reads), _masked(blocks.v, blocks.adds)
             dentering = torch.bmm(dy_in.mT, blocks.C).view(entering.shape)
             dadded = torch.empty_like(entering)
             last = entering.shape[1] - 1
             dadded[:, last] = 0 if dend is None else dend.flatten(1, 2) * blocks.across[:, last]
-            meets = x.new_zeros(entering.shape[:3])
+            meets = x.new_zeros(entering.shape[:3])  # (b k gep)
             for k in range(last, -1, -1):
                 if k < last:
                     torch.mul(dentering[:, k + 1], blocks.across[:, k], out=dadded[:, k])

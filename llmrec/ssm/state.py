@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,5 +25,5 @@ def ends_of(mask: Tensor | None) -> Tensor | None:
     """The number of positions up to and with the last real one, (batch,), from a (batch, length) mask."""
     if mask is None:
         return None
-    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return (mask.bool() * positions).amax(1)
+    real = F.pad(mask.bool(), (1, 0))  # before the first position stands nothing
+    return (real * torch.arange(real.shape[1], device=mask.device)).amax(1)

@@ -320,7 +320,7 @@ def test_mixers_elsewhere_keep_their_code(kind):
 def test_another_activation_keeps_their_code(kind):
     ours, theirs = both(kind, hidden_act="gelu")
     assert torch.equal(ours(tokens(13)).logits, theirs(tokens(13)).logits)
-    assert repr(ours) == repr(theirs)
+    assert [type(mixer) for mixer in mixers(ours)] == [type(mixer) for mixer in mixers(theirs)]
 
 
 def test_packed_sequences_are_refused_as_before():
