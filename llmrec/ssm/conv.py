@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmrec.ssm import kernels, native
+from llmrec.ssm import kernels, native, shapes
 
 SLAB = 1 << 20  # elements worked on at a time: 4 MiB of float32
 
@@ -42,14 +42,22 @@ def conv_silu(
 
     Returns:
         Pieces of (batch, length, size).
+
+    Raises:
+        ValueError: when shapes do not fit.
     """
+    batch, length, channels = x.shape
     reach = weight.shape[-1] - 1
+    if sum(sizes) != channels:
+        raise ValueError(f"sizes {sizes} do not add up to the {channels} channels of x")
+    shapes.check(x.device, weight=(weight, (channels, 1, reach + 1)), bias=(bias, (channels,)))
+    shapes.check(x.device, before=(before, (batch, reach, channels)), seq_idx=(seq_idx, (batch, length)))
     if not x.numel():
         return x.split(sizes, 2)
     if kernel := kernels.conv_kernel(x, weight, bias, sizes, ahead=ahead, before=before, seq_idx=seq_idx, reference=conv_silu):
         return kernel(x, weight, bias, sizes, before=before, seq_idx=seq_idx)
     if bias is None:
-        bias = x.new_zeros(x.shape[-1])
+        bias = x.new_zeros(channels)
     if before is not None:
         x = torch.cat([before.to(x.dtype), x], 1)
         if seq_idx is not None:  # what came before belongs to the first sequence

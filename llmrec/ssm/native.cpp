@@ -422,19 +422,21 @@ void conv_forward(const Conv& c, float* const* y, int threads) {
 
 // Sixteen channels of a row: dtaps (width + 1, channels), the last for the bias; dx starts as zeros.
 template <bool WHOLE>
-void conv_backward(const Conv& c, int64_t b, int64_t channel, int64_t count, const float* dy, int64_t dy_stride, const int64_t* low, const int64_t* high, float* dx, float* dtaps) {
+void conv_backward(const Conv& c, int64_t b, int64_t channel, int64_t count, const float* dy, int64_t dy_stride, float* dx, float* dtaps) {
   if (WHOLE) count = LANES;
   Vec taps[MAX_WIDTH], sums[MAX_WIDTH + 1]{}, bias = load_part(c.bias + channel, count);
   for (int64_t k = 0; k < c.width; ++k) taps[k] = load_part(c.taps + k * c.channels + channel, count);
   const float* x = c.x + b * c.batch_stride - c.centre() * c.row_stride + channel;
   dx += b * c.length * c.channels - c.centre() * c.channels + channel;
   for (int64_t t = 0; t < c.length; ++t) {
+    int64_t low, high;
+    c.reach(b, t, low, high);
     Vec v = bias;
-    for (int64_t k = low[t]; k < high[t]; ++k) v += taps[k] * load_part(x + (t + k) * c.row_stride, count);
+    for (int64_t k = low; k < high; ++k) v += taps[k] * load_part(x + (t + k) * c.row_stride, count);
     Vec gate = 1.f / (1.f + exp(-v));
     Vec g = load_part(dy + t * dy_stride, count) * gate * (1.f + v * (1.f - gate));
     sums[c.width] += g;
-    for (int64_t k = low[t]; k < high[t]; ++k) {
+    for (int64_t k = low; k < high; ++k) {
       sums[k] += g * load_part(x + (t + k) * c.row_stride, count);
       float* to = dx + (t + k) * c.channels;
       store_part(to, load_part(to, count) + g * taps[k], count);
@@ -444,16 +446,13 @@ void conv_backward(const Conv& c, int64_t b, int64_t channel, int64_t count, con
 }
 
 void conv_backward(const Conv& c, const float* const* dy, float* dx, float* dtaps, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t b = 0; b < c.batch; ++b) {
-    std::vector<int64_t> low(c.length), high(c.length);
-    for (int64_t t = 0; t < c.length; ++t) c.reach(b, t, low[t], high[t]);
-    int64_t start = 0;
-    for (int64_t piece = 0; piece < c.pieces; start += c.sizes[piece++])
-      for (int64_t i = 0; i < c.sizes[piece]; i += LANES) {
-        int64_t count = c.sizes[piece] - i, size = c.sizes[piece];
-        auto part = count >= LANES ? conv_backward<true> : conv_backward<false>;
-        part(c, b, start + i, count, dy[piece] + b * c.length * size + i, size, low.data(), high.data(), dx, dtaps);
+  for (int64_t piece = 0, start = 0; piece < c.pieces; start += c.sizes[piece++]) {
+    int64_t size = c.sizes[piece];
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (int64_t b = 0; b < c.batch; ++b)
+      for (int64_t i = 0; i < size; i += LANES) {
+        auto part = size - i >= LANES ? conv_backward<true> : conv_backward<false>;
+        part(c, b, start + i, size - i, dy[piece] + b * c.length * size + i, size, dx, dtaps);
       }
   }
 }

@@ -1,6 +1,6 @@
 """The scans and the convolution as C++ kernels for CPUs: several times faster than whole-tensor operations, with less memory.
 
-`native.cpp` is compiled once with the C++ compiler of the machine, for this machine, and kept in the user's cache.
+`native.cpp` is compiled once with the C++ compiler of the machine, for this machine, and kept in `$LLMREC_HOME/kernels`.
 Where there is no compiler, or it fails, `library()` is None and the plain torch code computes the same; set
 LLMREC_NATIVE=0 to have that on purpose.
 """
@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL | None:
     source = Path(__file__).with_name("native.cpp")
     identity = [source.read_text(), *FLAGS, compiler, platform.processor(), _processor()]
     name = f"native-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmrec" / "kernels"
+    folder = Path(os.environ.get("LLMREC_HOME") or "~/.cache/llmrec").expanduser() / "kernels"
     try:
         if not (folder / name).exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -97,9 +97,10 @@ def _takes(x: Tensor) -> bool:
 
 
 def takes_linear(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` can do this product, and is faster than torch: a few rows, no gradient."""
-    few = x.numel() <= FEW * weight.shape[1]
-    return few and not torch.is_grad_enabled() and weight.is_contiguous() and _takes(x) and _takes(weight)
+    """Whether `linear` can do this product, and is faster than torch: a few rows, no gradient, no autocast."""
+    few = x.shape[-1] == weight.shape[1] and 0 < x.numel() <= FEW * weight.shape[1]
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return few and plain and weight.is_contiguous() and _takes(x) and _takes(weight)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmrec.ssm import kernels, native
+from llmrec.ssm import kernels, native, shapes
 
 SEGMENT = 1 << 19  # entries of the states of a segment: 2 MiB of float32
 
@@ -51,7 +51,14 @@ def selective_scan(
 
     Returns:
         y like x, and the state after the last step, None if not asked for. Half precision is computed in float32.
+
+    Raises:
+        ValueError: when shapes do not fit.
     """
+    batch, length, channels = x.shape
+    read = (batch, length, A.shape[-1])
+    shapes.check(x.device, dt=(dt, (batch, length, channels)), A=(A, (channels, A.shape[-1])), B=(B, read), C=(C, read), D=(D, (channels,)))
+    shapes.check(x.device, state=(state, (batch, *A.shape)), seq_idx=(seq_idx, (batch, length)))
     if kernel := kernels.selective_scan_kernel(x, A, D, state=state, seq_idx=seq_idx, return_state=return_state, reference=selective_scan):
         return kernel(x, dt, A, B, C, D, return_state=return_state)
     dtype = torch.promote_types(x.dtype, torch.float32)

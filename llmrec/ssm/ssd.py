@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmrec.ssm import kernels, native
+from llmrec.ssm import kernels, native, shapes
 
 
 def ssd(
@@ -59,14 +59,18 @@ def ssd(
         y like x, and the state after the last step, None if not asked for. Half precision is computed in float32.
 
     Raises:
-        ValueError: when heads is not a multiple of the number of groups.
+        ValueError: when heads is not a multiple of the number of groups, or shapes do not fit.
     """
-    batch, _, heads, _ = x.shape
-    if heads % B.shape[2]:
-        raise ValueError(f"{heads} heads cannot share {B.shape[2]} groups of B and C")
+    batch, length, heads, headdim = x.shape
+    groups, d_state = B.shape[2:]
+    if heads % groups:
+        raise ValueError(f"{heads} heads cannot share {groups} groups of B and C")
+    per_group = (batch, length, groups, d_state)
+    shapes.check(x.device, dt=(dt, (batch, length, heads)), A=(A, (heads,)), B=(B, per_group), C=(C, per_group), D=(D, (heads,)))
+    shapes.check(x.device, state=(state, (batch, heads, headdim, d_state)), seq_idx=(seq_idx, (batch, length)))
     if not x.numel():
-        end = x.new_zeros(batch, *x.shape[2:], B.shape[3]) if state is None else state
-        return x, end if return_state else None
+        state = x.new_zeros(batch, *x.shape[2:], B.shape[3]) if state is None else state
+        return x, state if return_state else None
     if kernel := kernels.ssd_kernel(x, B, D, chunk=chunk, state=state, seq_idx=seq_idx, reference=ssd):
         return kernel(x, dt, A, B, C, D, chunk=chunk, state=state, seq_idx=seq_idx, return_state=return_state)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -276,7 +280,8 @@ class _SSD(torch.autograd.Function):
         to_dt = (dv * x).sum(-1).unflatten(1, (-1, ctx.chunk)) * blocks.fall
         dx = (dv * (blocks.fall * blocks.dt).flatten(1, 2)[..., None]).addcmul_(dy, D[:, None])
         seen = (y * dy).addcmul_(x, dx, value=-1).sum(-1).unflatten(1, (-1, ctx.chunk))  # y dy - v dv: the D terms cancel
-        passed = seen.sum(2, keepdim=True) - seen.cumsum(2) + seen + meets  # dL/d(dt A)
+        so_far = seen.cumsum(2)
+        passed = so_far[:, :, -1:] - so_far + seen + meets  # dL/d(dt A); exactly zero where no later y has a gradient
         ddt = (to_dt + passed * A).flatten(1, 2)
         dA = (passed * blocks.dt).sum((0, 1, 2))
         dD = (x * dy).sum((0, 1)).sum(-1)

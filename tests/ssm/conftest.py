@@ -15,5 +15,5 @@ def code(request):
     if request.param == "torch":
         request.getfixturevalue("torch_code")
     elif native.library() is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("no C++ kernels: no compiler, or LLMREC_NATIVE=0")
     return request.param

@@ -15,6 +15,11 @@ def random_input(*shape, seed=1):
     return source(seed)(*shape)
 
 
+def log_uniform(normal, low, high):
+    """Steps between two, uniform in their logarithm, from normal numbers."""
+    return low * (high / low) ** torch.distributions.Normal(0, 1).cdf(normal)
+
+
 def rows_of_sequences(length):
     """seq_idx of two rows, the first of sequences of 5 positions, the second of 11."""
     return torch.stack([torch.arange(length) // 5, torch.arange(length) // 11 + 4])
@@ -107,13 +112,16 @@ def conv_by_steps(x, weight, bias, sizes, ahead=0, before=None, seq_idx=None):
     return F.silu(y if bias is None else y + bias).split(sizes, 2)
 
 
+def weights_of(t):
+    """A weight for every entry of a result, the gradient it gets in `results`."""
+    return (torch.arange(t.numel()) + 1.0).cos().view(t.shape)
+
+
 def results(function, inputs, dtype, **settings):
     """Results and the gradients of all inputs, of a loss in which every entry has a weight of its own."""
-    leaves = {
-        name: t.detach().to(dtype).requires_grad_() if t is not None and t.is_floating_point() else t for name, t in inputs.items()
-    }
+    leaves = {name: t.detach().to(dtype).requires_grad_() if t is not None and t.is_floating_point() else t for name, t in inputs.items()}
     found = [t for t in function(**leaves, **settings) if t is not None]
-    loss = sum((t * (torch.arange(t.numel()) + 1.0).cos().view(t.shape)).sum() for t in found if t.requires_grad)
+    loss = sum((t * weights_of(t)).sum() for t in found if t.requires_grad)
     return [*found, *torch.autograd.grad(loss, [t for t in leaves.values() if t is not None and t.requires_grad], materialize_grads=True)]
 
 
@@ -122,11 +130,30 @@ def layer_results(layer, u):
     u = u.clone().requires_grad_()
     y = layer(u)
     parameters = dict(layer.named_parameters())
-    loss = (y * random_input(*y.shape, seed=2)).sum()
-    gradients = torch.autograd.grad(loss, [u, *parameters.values()])
+    gradients = torch.autograd.grad((y * weights_of(y)).sum(), [u, *parameters.values()])
     return {"output": y, **dict(zip(["input", *parameters], gradients, strict=True))}
 
 
 def assert_near(ours, expected, to, zero=1e-36):
     """The difference is at most a part `to` of the largest entry, or `zero`: what float32 need not tell from nothing."""
-    assert_close(ours.to(expected.dtype), expected, rtol=0, atol=max(to * expected.abs().max().item(), zero))
+    assert_close(ours.to(expected.dtype), expected, rtol=0, atol=max(to * expected.abs().max().item(), float(zero)))
+
+
+def assert_right_in_float32(function, reference, inputs, to=2e-6, zero=1e-36, **settings):
+    """Results and gradients in float32 against those of the reference in float64.
+
+    The gradients of Mamba-2's dt and A are sums of y dy - v dv, which cancel where states are soon forgotten: these are
+    right to the rounding of the terms.
+    """
+    inputs = {name: t.float() if t is not None and t.is_floating_point() else t for name, t in inputs.items()}  # its rounding is no error
+    ours, expected = results(function, inputs, torch.float32, **settings), results(reference, inputs, torch.float64, **settings)
+    names = [name for name, t in inputs.items() if t is not None and t.is_floating_point()]
+    rounding = {}
+    if "A" in inputs and inputs["A"].dim() == 1:
+        y, dt, A = expected[0].detach(), inputs["dt"], inputs["A"]
+        terms = (y * weights_of(y)).abs().sum(-1)  # (batch, length, heads)
+        rounding = {"dt": to * A.abs().max() * terms.max(), "A": to * (terms * dt).sum()}
+    results_of = [f"result {i}" for i in range(len(ours) - len(names))]
+    for name, one, other in zip([*results_of, *names], ours, expected, strict=True):
+        assert one.isfinite().all(), name
+        assert_near(one, other, to, max(zero, rounding.get(name, 0)))

@@ -27,8 +27,8 @@ def assert_same_results(inputs, sizes, ahead):
         assert_close(one, other)
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2, 3])
-@pytest.mark.parametrize("length", [1, 2, 17])
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("length", [2, 17])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("slab")
 def test_results_and_gradients_are_those_of_the_sum(length, ahead, case):
@@ -154,7 +154,7 @@ def test_extreme_numbers(code, scale):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_near(dtype):
     inputs = {name: t if t is None else t.to(dtype) for name, t in conv_inputs(40, before=True).items()}
-    ours, expected = (results(function, inputs, kind, sizes=[4, 2]) for function, kind in ((conv_silu, dtype), (conv_by_steps, torch.float64)))
+    ours, expected = results(conv_silu, inputs, dtype, sizes=[4, 2]), results(conv_by_steps, inputs, torch.float64, sizes=[4, 2])
     for one, other in zip(ours, expected, strict=True):
         assert one.dtype == dtype
         assert_near(one, other, to=4 * torch.finfo(dtype).eps)
@@ -173,3 +173,22 @@ def test_autocast_does_not_reach_the_convolution(code):
 def test_nothing_in_gives_nothing_out(batch, length, before):
     pieces = conv_silu(**conv_inputs(length, batch, before=before), sizes=[4, 2])
     assert [piece.shape for piece in pieces] == [(batch, length, 4), (batch, length, 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("weight", torch.ones(5, 1, 4)),
+        ("bias", torch.ones(5)),
+        ("before", torch.ones(2, 4, 6)),
+        ("before", torch.ones(1, 3, 6)),
+        ("seq_idx", torch.ones(2, 8)),
+        ("seq_idx", torch.ones(1, 9)),
+        ("sizes", [3, 2]),
+    ],
+)
+@pytest.mark.usefixtures("code")
+def test_other_sizes_are_refused(name, wrong):
+    inputs = {**conv_inputs(9, before=True, packed=True), "sizes": [3, 3]}
+    with pytest.raises(ValueError, match=name):
+        conv_silu(**inputs | {name: wrong})

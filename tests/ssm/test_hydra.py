@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from llmrec.ssm import Hydra
+from tests.ssm.oracles import random_input
 
 INNER, GROUP_STATE = 24, 5  # of the layers below: expand 2, d_model 12
 
@@ -20,10 +21,6 @@ def random_layer(seed=0, d_conv=7, ngroups=1, chunk_size=4):
         for parameter in (layer.A_log, layer.D, layer.norm.weight, layer.dt_bias):
             parameter.copy_(torch.randn_like(parameter))
     return layer
-
-
-def random_input(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def projected(layer, u):

@@ -18,6 +18,7 @@ from llmrec.ssm import kernels
 from llmrec.ssm.conv import conv_silu
 from llmrec.ssm.scan import selective_scan
 from llmrec.ssm.ssd import ssd
+from tests.ssm.oracles import results, rows_of_sequences
 
 CHUNK = 8
 
@@ -209,10 +210,6 @@ def normal(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def rows_of_sequences(length):
-    return torch.stack([torch.arange(length) // 5, torch.arange(length) // 11 + 4])
-
-
 def ssd_inputs(length=29, heads=4, headdim=3, groups=2, d_state=5, D=True, state=True, packed=False):
     return {
         "x": normal(2, length, heads, headdim),
@@ -262,14 +259,6 @@ def scan_kernel(inputs, return_state, state=None, seq_idx=None):
 def conv_kernel(inputs, sizes, ahead=0):
     rest = {name: inputs[name] for name in ("bias", "before", "seq_idx")}
     return kernels.conv_kernel(inputs["x"], inputs["weight"], sizes=sizes, ahead=ahead, reference=conv_silu, **rest)
-
-
-def results(function, inputs, dtype, **settings):
-    """Results and all gradients, of a loss in which every entry has a weight of its own."""
-    leaves = {name: t.to(dtype).requires_grad_() if t is not None and t.is_floating_point() else t for name, t in inputs.items()}
-    found = [t for t in function(**leaves, **settings) if t is not None]
-    loss = sum((t * (torch.arange(t.numel()) + 1.0).cos().view(t.shape)).sum() for t in found if t.requires_grad)
-    return [*found, *torch.autograd.grad(loss, [t for t in leaves.values() if t is not None and t.requires_grad])]
 
 
 def assert_same(kernel, reference, inputs, **settings):

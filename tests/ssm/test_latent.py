@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from llmrec.ssm import LatentMamba
 from llmrec.ssm.latent import rope
+from tests.ssm.oracles import random_input
 
 SIZES = {"d_model": 12, "n_heads": 3, "d_latent": 6, "d_state": 5, "headdim": 4, "chunk_size": 4}
 
@@ -20,10 +21,6 @@ def random_layer(**sizes):
             for parameter in (head.D, head.norm.weight, head.dt_bias):
                 parameter.copy_(torch.randn_like(parameter))
     return layer
-
-
-def random_input(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def turned(z, position, base):

@@ -1,6 +1,5 @@
 """The scan of Mamba-1 against the recurrence it computes and its matrix, where numbers are extreme, and in half precision."""
 
-import math
 from itertools import pairwise
 
 import pytest
@@ -11,7 +10,7 @@ from torch.testing import assert_close
 
 from llmrec.ssm import scan
 from llmrec.ssm.scan import selective_scan, selective_scan_step
-from tests.ssm.oracles import assert_near, positions, results, scan_by_steps, scan_inputs, source
+from tests.ssm.oracles import assert_near, assert_right_in_float32, log_uniform, positions, results, scan_by_steps, scan_inputs, source
 
 CASES = [{}, {"D": False, "state": False}, {"packed": True}, {"packed": True, "state": False}]
 
@@ -36,7 +35,13 @@ def test_results_and_gradients_are_those_of_the_recurrence(length, case):
 
 
 @settings(max_examples=30, deadline=None)
-@given(batch=st.integers(1, 3), length=st.integers(1, 20), channels=st.integers(1, 6), d_state=st.integers(1, 5), entries=st.integers(1, 99))
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 20),
+    channels=st.integers(1, 6),
+    d_state=st.integers(1, 5),
+    entries=st.integers(1, 99),
+)
 def test_sizes_of_all_kinds(batch, length, channels, d_state, entries):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "SEGMENT", entries)
@@ -129,17 +134,15 @@ def test_one_step_after_the_other():
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 @pytest.mark.parametrize("decay", [1.0, 1e4])
 @pytest.mark.parametrize("steps", [(1e-12, 1e6), (1e-12, 1e-12), (1e6, 1e6), (1e-3, 0.1)])
-def test_extreme_numbers(code, steps, decay, scale):
-    """Within a row, states that forget at once and states that never do; every result and gradient is right."""
+@pytest.mark.usefixtures("code")
+def test_extreme_numbers(steps, decay, scale):
+    """In every channel, states that forget at once and states that never do; all results and gradients are right."""
     inputs, normal = scan_inputs(150, d_state=16), source(1)
-    inputs["dt"] = steps[0] * torch.exp(torch.distributions.Normal(0, 1).cdf(normal(2, 150, 6)) * math.log(steps[1] / steps[0]))
+    inputs["dt"] = log_uniform(normal(2, 150, 6), *steps)
     inputs["A"] = -decay * 10 ** -torch.linspace(0, 8, 16, dtype=torch.float64).expand(6, -1)
     inputs["x"] *= scale
     inputs["state"] *= scale
-    inputs = {name: t if t is None else t.float() for name, t in inputs.items()}  # what float32 rounds is not an error
-    ours, expected = results(selective_scan, inputs, torch.float32), results(scan_by_steps, inputs, torch.float64)
-    for one, other in zip(ours, expected, strict=True):
-        assert_near(one, other, to=2e-6, zero=1e-36 * max(1, scale) * max(1, steps[1]) ** 2)
+    assert_right_in_float32(selective_scan, scan_by_steps, inputs, zero=1e-36 * max(1, scale) * max(1, steps[1]) ** 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -172,3 +175,12 @@ def test_nothing_in_gives_nothing_out(batch, length, packed):
     y, end = selective_scan(**inputs | {"state": None})
     assert torch.equal(end, torch.zeros(batch, 6, 5, dtype=torch.float64))
     assert selective_scan(**inputs, return_state=False)[1] is None
+
+
+@pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "state", "seq_idx"])
+@pytest.mark.usefixtures("code")
+def test_a_tensor_of_another_size_is_refused(name):
+    inputs = scan_inputs(9, d_state=16, packed=True)
+    for dim in range(inputs[name].dim()):
+        with pytest.raises(ValueError, match="A|B" if name == "A" else name):
+            selective_scan(**inputs | {name: inputs[name].narrow(dim, 0, 1)})

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from llmrec.ssm import ssd
 from llmrec.ssm.ssd import _chunk_that_fits, ssd_step
-from tests.ssm.oracles import assert_near, positions, results, source, ssd_by_steps, ssd_inputs
+from tests.ssm.oracles import assert_near, assert_right_in_float32, log_uniform, positions, results, source, ssd_by_steps, ssd_inputs
 
 CASES = [
     {},
@@ -141,59 +141,46 @@ def test_one_step_after_the_other():
     y, end = ssd(**inputs)
     state = inputs["state"]
     for t in range(6):
-        out, state = ssd_step(*(inputs[name][:, t] for name in ("x", "dt")), inputs["A"], inputs["B"][:, t], inputs["C"][:, t], inputs["D"], state)
+        x, dt, B, C = (inputs[name][:, t] for name in ("x", "dt", "B", "C"))
+        out, state = ssd_step(x, dt, inputs["A"], B, C, inputs["D"], state)
         assert_close(out, y[:, t])
     assert_close(state, end)
 
 
 def extreme_inputs(steps, decay, scale, length=150):
-    """In the range of steps and decays, heads that forget at once and heads that never do."""
+    """Steps log-uniform between two; heads that forget at once and heads that never do."""
     inputs, normal = ssd_inputs(length, headdim=4, d_state=16), source(1)
-    inputs["dt"] = torch.exp(torch.distributions.Normal(0, 1).cdf(normal(2, length, 4)) * math.log(steps[1] / steps[0])) * steps[0]
+    inputs["dt"] = log_uniform(normal(2, length, 4), *steps)
     inputs["A"] = -decay * torch.tensor([1.0, 0.3, 0.01, 1e-8], dtype=torch.float64)
     inputs["x"] *= scale
     inputs["state"] *= scale
-    return {name: t if t is None else t.float() for name, t in inputs.items()}  # what float32 rounds is not an error
-
-
-def both_results(inputs, **settings):
-    """By name: results and gradients in float32, and the recurrence's in float64."""
-    names = ["y", "end", *(name for name in inputs if inputs[name] is not None)]
-    ours, expected = results(ssd, inputs, torch.float32, **settings), results(ssd_by_steps, inputs, torch.float64)
-    return {name: pair for name, *pair in zip(names, ours, expected, strict=True)}
+    return inputs
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 @pytest.mark.parametrize("decay", [1.0, 1e4])
 @pytest.mark.parametrize("steps", [(1e-12, 1e6), (1e-12, 1e-12), (1e6, 1e6)])
-def test_extreme_numbers(code, steps, decay, scale):
-    inputs = extreme_inputs(steps, decay, scale)
-    found = both_results(inputs)
-    for name, (ours, expected) in found.items():
-        assert ours.isfinite().all(), name
-        if name not in ("dt", "A"):
-            assert_near(ours, expected, to=2e-6)
-    # Those of dt and A are sums of y dy - v dv, which cancel where a step forgets everything: right to the rounding of the terms.
-    y = found["y"][1]
-    terms = (y * (torch.arange(y.numel()) + 1.0).cos().view(y.shape)).abs().sum(-1)
-    for name, rounding in (("dt", decay * terms.amax()), ("A", (terms * inputs["dt"]).sum())):
-        ours, expected = found[name]
-        assert_close(ours.double(), expected, rtol=0, atol=2e-6 * (rounding + expected.abs().max()).item())
+@pytest.mark.usefixtures("code")
+def test_extreme_numbers(steps, decay, scale):
+    assert_right_in_float32(ssd, ssd_by_steps, extreme_inputs(steps, decay, scale))
 
 
-def test_float32_is_right_in_the_range_where_layers_start(code):
-    """Steps from 1e-3 to 0.1 and decays up to 16: all gradients, those of dt and A too."""
-    for ours, expected in both_results(extreme_inputs((1e-3, 0.1), 16.0, 1.0, length=300)).values():
-        assert_near(ours, expected, to=5e-6)
+@pytest.mark.usefixtures("code")
+def test_float32_is_right_where_layers_start():
+    """Steps from 1e-3 to 0.1 and decays up to 16: the gradients of dt and A without any allowance."""
+    inputs = {name: t if t is None else t.float() for name, t in extreme_inputs((1e-3, 0.1), 16.0, 1.0, length=300).items()}
+    ours, expected = results(ssd, inputs, torch.float32), results(ssd_by_steps, inputs, torch.float64)
+    for one, other in zip(ours, expected, strict=True):
+        assert_near(one, other, to=5e-6)
 
 
-def test_a_single_step_that_forgets_everything(code):
+@pytest.mark.usefixtures("code")
+def test_a_single_step_that_forgets_everything():
     inputs = extreme_inputs((1e-3, 0.1), 1.0, 1.0)
     inputs["dt"][:, 70] = 1e5
-    found = both_results(inputs)
-    for name in ("y", "end", "x", "B", "C", "D", "state"):
-        assert_near(*found[name], to=2e-6)
-    assert_near(found["y"][0][:, 71:], found["y"][1][:, 71:], to=2e-6)  # what came after, much smaller
+    assert_right_in_float32(ssd, ssd_by_steps, inputs)
+    (y, _), (expected, _) = (function(**inputs) for function in (ssd, ssd_by_steps))
+    assert_near(y[:, 71:], expected[:, 71:], to=2e-6)  # what comes after is much smaller
 
 
 @pytest.mark.parametrize(
@@ -260,3 +247,12 @@ def test_nothing_in_gives_nothing_out(batch, length, packed):
 def test_groups_that_do_not_divide_the_heads_are_refused():
     with pytest.raises(ValueError, match="4 heads cannot share 3 groups"):
         ssd(**ssd_inputs(5) | {"B": torch.ones(2, 5, 3, 5), "C": torch.ones(2, 5, 3, 5)})
+
+
+@pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "state", "seq_idx"])
+@pytest.mark.usefixtures("code")
+def test_a_tensor_of_another_size_is_refused(name):
+    inputs = ssd_inputs(9, d_state=16, packed=True)
+    for dim in range(inputs[name].dim()):
+        with pytest.raises(ValueError, match="B|C" if name in "BC" else name):
+            ssd(**inputs | {name: inputs[name].narrow(dim, 0, 1)})
