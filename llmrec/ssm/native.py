@@ -1,6 +1,6 @@
 """The scans and the convolution as C++ kernels for CPUs: several times faster than whole-tensor operations, with less memory.
 
-`native.cpp` is compiled once with the C++ compiler of the machine, for this machine, and kept in `$LLMREC_HOME/kernels`.
+`cpp/` is compiled once with the C++ compiler of the machine, for this machine, and kept in `$LLMREC_HOME/kernels`.
 Where there is no compiler, or it fails, `library()` is None and the plain torch code computes the same; set
 LLMREC_NATIVE=0 to have that on purpose.
 """
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 FEW = 8  # rows, up to which `linear` is used
 LANES = 16  # d_state must be a multiple
 BLOCK = 64  # positions per stored state
-MAX_WIDTH, MAX_PIECES = 8, 8  # of the convolution; all as in native.cpp
+MAX_WIDTH, MAX_PIECES = 8, 8  # of the convolution; all as in cpp/
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
 
 
@@ -53,8 +53,8 @@ def library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or os.environ.get("LLMREC_NATIVE") == "0":
         return None
-    source = Path(__file__).with_name("native.cpp")
-    identity = [source.read_text(), *FLAGS, compiler, platform.processor(), _processor()]
+    sources = sorted(Path(__file__).with_name("cpp").iterdir())
+    identity = [*(source.read_text() for source in sources), *FLAGS, compiler, platform.machine(), _processor()]
     name = f"native-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("LLMREC_HOME") or "~/.cache/llmrec").expanduser() / "kernels"
     try:
@@ -62,7 +62,8 @@ def library() -> ctypes.CDLL | None:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: another process may compile too
                 built = Path(scratch) / name
-                subprocess.run([compiler, *FLAGS, "-o", str(built), str(source), *_openmp()], check=True, capture_output=True, timeout=120)
+                units = [str(source) for source in sources if source.suffix == ".cpp"]
+                subprocess.run([compiler, *FLAGS, "-o", str(built), *units, *_openmp()], check=True, capture_output=True, timeout=120)
                 built.replace(folder / name)
         return ctypes.CDLL(str(folder / name))
     except (OSError, subprocess.SubprocessError):

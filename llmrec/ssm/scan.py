@@ -45,8 +45,9 @@ def selective_scan(
         C: how the state is read, (batch, length, d_state).
         D: what of x goes straight into y, (channels,); None is nothing.
         state: the state before the first step, (batch, channels, d_state); None is zero.
-        seq_idx: the sequence each position belongs to where several are packed into a row, (batch, length) integers.
-            Nothing passes from one to the next: `state` precedes the first, the state returned is the last one's.
+        seq_idx: the sequence each position belongs to where several are packed into a row, (batch, length) integers,
+            each number in one stretch. Nothing passes from one to the next: `state` precedes the first, the state
+            returned is the last one's.
         return_state: whether the state after the last step is wanted.
 
     Returns:

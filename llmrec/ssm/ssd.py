@@ -11,7 +11,8 @@ CPU:
   so that one masked product C B^T serves all heads of a group, with no decay matrix per head. A chunk must not decay
   beyond the floating-point range for that; m in its middle doubles the range, a shorter chunk does the rest.
 * No gradient of a decay matrix either: the pair s <= t passes the steps s < u <= t, therefore, with v = dt x,
-  dL/d(dt_u A) = sum over t >= u of (y_t dy_t - v_t dv_t).
+  dL/d(dt_u A) = sum over t >= u of (y_t dy_t - v_t dv_t). It is exact to the rounding of these terms, so where one
+  step forgets everything (|dt A| in the hundreds) and the true gradient vanishes, what is left is that rounding.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def ssd(
         D: what of x goes straight into y, (heads,); None is nothing.
         chunk: positions per block at most; changes the speed, not the result.
         state: the state before the first step, (batch, heads, headdim, d_state); None is zero.
-        seq_idx: the sequence each position belongs to where several are packed into a row, (batch, length) integers.
-            Nothing passes from one to the next: `state` precedes the first, the state returned is the last one's.
+        seq_idx: the sequence each position belongs to where several are packed into a row, (batch, length) integers,
+            each number in one stretch. Nothing passes from one to the next: `state` precedes the first, the state
+            returned is the last one's.
         return_state: False saves the work of the last chunk's state.
 
     Returns:

@@ -1,4 +1,4 @@
-// The scans of Mamba-1 and Mamba-2 and the convolution before them, for CPUs; compiled on first use by native.py.
+// The scans of Mamba-1 and Mamba-2.
 //
 //   h_t = a_t h_{t-1} + v_t B_t,   y_t = h_t C_t + D x_t,   v = dt x
 //
@@ -7,63 +7,12 @@
 // All arrays are contiguous float32: x, y (batch, length, heads, headdim), dt (batch, length, heads), B, C (batch,
 // length, groups, d_state), states (batch, heads, headdim, d_state); Mamba-1 is headdim 1. d_state is a multiple of 16.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "vectors.h"
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr int BLOCK = 64;  // one state in so many is kept for the backward pass
 constexpr int SPAN = 4 * BLOCK;  // positions that all channels pass before any goes on: B and C of a span stay in the cache
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IVec __attribute__((vector_size(64)));
-
-inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-inline void add(float* p, Vec v) { store(p, load(p) + v); }
-
-inline float sum(Vec v) {
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
-  return (v[0] + v[1]) + (v[2] + v[3]);
-}
-
-// Sums of P vectors; four at a time share their shuffles.
-template <int P> inline void sums(const Vec* v, float* out) {
-  if constexpr (P % 4 == 0) {
-    for (int p = 0; p < P; p += 4) {
-      Vec ab = __builtin_shufflevector(v[p], v[p + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-               __builtin_shufflevector(v[p], v[p + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-      Vec cd = __builtin_shufflevector(v[p + 2], v[p + 3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-               __builtin_shufflevector(v[p + 2], v[p + 3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-      Vec all = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-      all += __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-      all += __builtin_shufflevector(all, all, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
-      for (int i = 0; i < 4; ++i) out[p + i] = all[i];
-    }
-  } else {
-    for (int p = 0; p < P; ++p) out[p] = sum(v[p]);
-  }
-}
-
-// exp, to 2 units in the last place; below -87 a number that is zero to every use.
-inline Vec exp(Vec x) {
-  x = x < -87.f ? x * 0 - 87.f : x;
-  x = x > 88.f ? x * 0 + 88.f : x;
-  Vec n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // nearest integer
-  Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec e = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  e = e * r + 8.3334519073e-3f;
-  e = e * r + 4.1665795894e-2f;
-  e = e * r + 1.6666665459e-1f;
-  e = e * r + 5.0000001201e-1f;
-  e = e * r * r + r + 1.f;
-  return e * (Vec)((__builtin_convertvector(n, IVec) + 127) << 23);
-}
 
 struct Scan {
   int64_t batch, length, heads, headdim, groups, d_state;
@@ -342,7 +291,8 @@ template <bool SHARED> void scan_backward(const Scan& s, const Gradients& to, in
           own.dB += split * s.batch * s.length * s.groups * s.d_state;
           own.dC += split * s.batch * s.length * s.groups * s.d_state;
           float shared[SPAN];
-          int64_t first_part = group * per_group + per_group * split / splits, last_part = group * per_group + per_group * (split + 1) / splits;
+          int64_t first_part = group * per_group + per_group * split / splits;
+          int64_t last_part = group * per_group + per_group * (split + 1) / splits;
           auto each = [&](int64_t first, int64_t last, auto f) {
             for (int64_t part = first_part; part < last_part; ++part) {
               if (SHARED) decays(s, b, part, first, last, shared);
@@ -367,113 +317,6 @@ template <bool SHARED> void scan_backward(const Scan& s, const Gradients& to, in
   });
 }
 
-// The convolution over the positions, and SiLU. x may be a part of wider rows; the output is cut into pieces.
-constexpr int MAX_WIDTH = 8, MAX_PIECES = 8;
-
-struct Conv {
-  int64_t batch, length, channels, width, ahead, batch_stride, row_stride, pieces;
-  const float *x, *taps, *bias;  // taps (width, channels)
-  const uint8_t* fresh;          // as for the scan
-  int64_t sizes[MAX_PIECES];
-
-  int64_t centre() const { return width - 1 - ahead; }
-  // The taps [low, high) of position t that lie inside its own sequence.
-  void reach(int64_t b, int64_t t, int64_t& low, int64_t& high) const {
-    low = std::max<int64_t>(0, centre() - t);
-    high = std::min(width, centre() + length - t);
-    if (!fresh) return;
-    const uint8_t* begins = fresh + b * length + t - centre();
-    for (int64_t k = low + 1; k <= centre(); ++k)
-      if (begins[k]) low = k;
-    for (int64_t k = high - 1; k > centre(); --k)
-      if (begins[k]) high = k;
-  }
-};
-
-inline Vec load_part(const float* p, int64_t count) {
-  if (count >= LANES) return load(p);
-  Vec v{};
-  std::memcpy(&v, p, count * sizeof(float));
-  return v;
-}
-inline void store_part(float* p, Vec v, int64_t count) {
-  if (count >= LANES) return store(p, v);
-  std::memcpy(p, &v, count * sizeof(float));
-}
-
-void conv_forward(const Conv& c, float* const* y, int threads) {
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
-  for (int64_t b = 0; b < c.batch; ++b)
-    for (int64_t t = 0; t < c.length; ++t) {
-      int64_t low, high, start = 0;
-      c.reach(b, t, low, high);
-      const float* x = c.x + b * c.batch_stride + (t - c.centre()) * c.row_stride;
-      for (int64_t piece = 0; piece < c.pieces; start += c.sizes[piece++]) {
-        float* to = y[piece] + (b * c.length + t) * c.sizes[piece];
-        for (int64_t i = 0; i < c.sizes[piece]; i += LANES) {
-          int64_t channel = start + i, count = c.sizes[piece] - i;
-          Vec v = load_part(c.bias + channel, count);
-          for (int64_t k = low; k < high; ++k) v += load_part(c.taps + k * c.channels + channel, count) * load_part(x + k * c.row_stride + channel, count);
-          store_part(to + i, v / (1.f + exp(-v)), count);
-        }
-      }
-    }
-}
-
-// Sixteen channels of a row: dtaps (width + 1, channels), the last for the bias; dx starts as zeros.
-template <bool WHOLE>
-void conv_backward(const Conv& c, int64_t b, int64_t channel, int64_t count, const float* dy, int64_t dy_stride, float* dx, float* dtaps) {
-  if (WHOLE) count = LANES;
-  Vec taps[MAX_WIDTH], sums[MAX_WIDTH + 1]{}, bias = load_part(c.bias + channel, count);
-  for (int64_t k = 0; k < c.width; ++k) taps[k] = load_part(c.taps + k * c.channels + channel, count);
-  const float* x = c.x + b * c.batch_stride - c.centre() * c.row_stride + channel;
-  dx += b * c.length * c.channels - c.centre() * c.channels + channel;
-  for (int64_t t = 0; t < c.length; ++t) {
-    int64_t low, high;
-    c.reach(b, t, low, high);
-    Vec v = bias;
-    for (int64_t k = low; k < high; ++k) v += taps[k] * load_part(x + (t + k) * c.row_stride, count);
-    Vec gate = 1.f / (1.f + exp(-v));
-    Vec g = load_part(dy + t * dy_stride, count) * gate * (1.f + v * (1.f - gate));
-    sums[c.width] += g;
-    for (int64_t k = low; k < high; ++k) {
-      sums[k] += g * load_part(x + (t + k) * c.row_stride, count);
-      float* to = dx + (t + k) * c.channels;
-      store_part(to, load_part(to, count) + g * taps[k], count);
-    }
-  }
-  for (int64_t k = 0; k <= c.width; ++k) store_part(dtaps + (b * (c.width + 1) + k) * c.channels + channel, sums[k], count);
-}
-
-void conv_backward(const Conv& c, const float* const* dy, float* dx, float* dtaps, int threads) {
-  for (int64_t piece = 0, start = 0; piece < c.pieces; start += c.sizes[piece++]) {
-    int64_t size = c.sizes[piece];
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
-    for (int64_t b = 0; b < c.batch; ++b)
-      for (int64_t i = 0; i < size; i += LANES) {
-        auto part = size - i >= LANES ? conv_backward<true> : conv_backward<false>;
-        part(c, b, start + i, size - i, dy[piece] + b * c.length * size + i, size, dx, dtaps);
-      }
-  }
-}
-
-// y = x W^T + bias for a few rows x (rows, in), W (out, in): one stream through W, at the speed of memory.
-template <int ROWS> void matvec(int64_t in, int64_t out, const float* W, const float* x, const float* bias, float* y, int threads) {
-  constexpr int UNROLLED = 4;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t o = 0; o < out; ++o) {
-    const float* w = W + o * in;
-    Vec acc[ROWS][UNROLLED]{};
-    int64_t i = 0;
-    for (; i + UNROLLED * LANES <= in; i += UNROLLED * LANES)
-      for (int u = 0; u < UNROLLED; ++u)
-        for (int r = 0; r < ROWS; ++r) acc[r][u] += load(w + i + u * LANES) * load(x + r * in + i + u * LANES);
-    for (; i < in; i += LANES)
-      for (int r = 0; r < ROWS; ++r) acc[r][0] += load_part(w + i, in - i) * load_part(x + r * in + i, in - i);
-    for (int r = 0; r < ROWS; ++r) y[r * out + o] = sum((acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3])) + (bias ? bias[o] : 0.f);
-  }
-}
-
 }  // namespace
 
 extern "C" {
@@ -485,19 +328,5 @@ void llmrec_scan_forward(const Scan* s, int shared, float* y, float* carry, floa
 
 void llmrec_scan_backward(const Scan* s, int shared, const Gradients* to, int splits, int threads) {
   shared ? scan_backward<true>(*s, *to, splits, threads) : scan_backward<false>(*s, *to, splits, threads);
-}
-
-void llmrec_conv_forward(const Conv* c, float* const* y, int threads) { conv_forward(*c, y, threads); }
-
-// dtaps: (batch, width + 1, channels)
-void llmrec_conv_backward(const Conv* c, const float* const* dy, float* dx, float* dtaps, int threads) { conv_backward(*c, dy, dx, dtaps, threads); }
-
-void llmrec_matvec(int64_t rows, int64_t in, int64_t out, const float* W, const float* x, const float* bias, float* y, int threads) {
-  for (int64_t r = 0; r < rows;) {
-    int64_t step = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
-    auto run = step == 4 ? matvec<4> : step == 2 ? matvec<2> : matvec<1>;
-    run(in, out, W, x + r * in, bias, y + r * out, threads);
-    r += step;
-  }
 }
 }
