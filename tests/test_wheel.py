@@ -34,6 +34,7 @@ def test_the_wheel_has_every_recipe_prompt_and_template(installed):
         names = {path.relative_to(ROOT / kind) for path in (ROOT / kind).rglob("*.yaml")}
         assert names == {path.relative_to(installed / "llmrec" / kind) for path in (installed / "llmrec" / kind).rglob("*.yaml")}
     assert (installed / "llmrec/evaluation/report.html.j2").exists()
+    assert {path.name for path in (installed / "llmrec/ssm/cpp").iterdir()} == {path.name for path in (ROOT / "llmrec/ssm/cpp").iterdir()}
 
 
 def test_a_dry_run_from_the_wheel(installed, tmp_path):
