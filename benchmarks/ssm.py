@@ -24,6 +24,7 @@ from measure import medians, peak_megabytes, report, same_settings
 from torch import Tensor, nn
 
 from llmrec.ssm import Hydra, Mamba, Mamba2, accelerate, native
+from llmrec.ssm.heads import group_norm
 
 POSITIONS, DIM = 25_600, 64
 LENGTHS = (50, 200, 1000, 4000, 16_000)
@@ -36,7 +37,7 @@ class WithoutScan(Mamba2):
 
     def forward(self, u: Tensor) -> Tensor:  # type: ignore[override]
         z, xBC, _ = self.in_proj(u).split([self.sizes[0], sum(self.sizes), self.heads], dim=-1)
-        return self.out_proj(self._gated_norm(xBC[..., : self.sizes[0]], z))
+        return self.out_proj(group_norm(xBC[..., : self.sizes[0]] * F.silu(z), self.norm, self.ngroups))
 
 
 class Attention(nn.Module):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec.ssm.conv import conv_silu
+from llmrec.ssm.heads import count_heads, group_norm
 from llmrec.ssm.initial import Init, initialise, inverse_softplus, log_uniform
 from llmrec.ssm.ssd import ssd
 
@@ -55,11 +56,7 @@ class Hydra(nn.Module):
     ):
         super().__init__()
         inner = expand * d_model
-        if inner % headdim:
-            raise ValueError(f"headdim {headdim} does not divide the inner width {inner} (expand {expand} x d_model {d_model})")
-        heads = inner // headdim
-        if heads % ngroups:
-            raise ValueError(f"{heads} heads cannot share {ngroups} groups")
+        heads = count_heads(d_model, expand, headdim, ngroups)
         self.heads, self.ngroups, self.chunk_size = heads, ngroups, chunk_size
         self.sizes = [inner] + 4 * [ngroups * d_state]  # x, forward B and C, backward B and C go through the convolution together
         mixed = sum(self.sizes)
@@ -100,7 +97,8 @@ class Hydra(nn.Module):
         # one call per direction: both stacked into one batch would copy x and the outputs once more
         x, dt, B, C = (t.flip(1) for t in (x, dt_back, B_back, C_back))
         y[:, :-1] += self._from_earlier(x, dt, B, C, None if seq_idx is None else seq_idx.flip(1)).flip(1)
-        return self.out_proj(self._gated_norm(y.flatten(2), z))
+        # the gate comes after the norm, unlike in Mamba-2
+        return self.out_proj(group_norm(y.flatten(2), self.norm, self.ngroups) * F.silu(z))
 
     def _from_earlier(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None) -> Tensor:
         """What every position but the first gets from those before it: the scan's output one position earlier."""
@@ -109,10 +107,3 @@ class Hydra(nn.Module):
         if seq_idx is not None:
             y = y * (seq_idx[:, 1:] == seq_idx[:, :-1])[..., None, None]
         return y
-
-    def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
-        """RMS norm of y within each group of heads, times silu(z): the gate comes after the norm, unlike in Mamba-2."""
-        if self.ngroups == 1:
-            return self.norm(y) * F.silu(z)
-        y = y.unflatten(-1, (self.ngroups, -1))
-        return F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(-2) * self.norm.weight * F.silu(z)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmrec.ssm.conv import conv_silu, conv_step, last_inputs
+from llmrec.ssm.heads import count_heads, group_norm
 from llmrec.ssm.initial import Init, initialise, inverse_softplus, log_uniform
 from llmrec.ssm.ssd import ssd, ssd_step
 from llmrec.ssm.state import State, ends_of
@@ -47,11 +48,7 @@ class Mamba2(nn.Module):
     ):
         super().__init__()
         inner = expand * d_model
-        if inner % headdim:
-            raise ValueError(f"headdim {headdim} does not divide the inner width {inner} (expand {expand} x d_model {d_model})")
-        heads = inner // headdim
-        if heads % ngroups:
-            raise ValueError(f"{heads} heads cannot share {ngroups} groups")
+        heads = count_heads(d_model, expand, headdim, ngroups)
         self.heads, self.headdim, self.ngroups, self.chunk_size = heads, headdim, ngroups, chunk_size
         self.sizes = [inner, ngroups * d_state, ngroups * d_state]  # x, B, C go through the convolution together
         mixed = sum(self.sizes)
@@ -121,7 +118,7 @@ class Mamba2(nn.Module):
             seq_idx=seq_idx,
             return_state=return_state,
         )
-        out = self.out_proj(self._gated_norm(y.flatten(2), z))
+        out = self.out_proj(group_norm(y.flatten(2) * F.silu(z), self.norm, self.ngroups))
         if ssm is None:
             return out
         return out, State(last_inputs(xBC, self.conv1d.kernel_size[0], before, ends_of(mask), seq_idx), ssm)
@@ -140,7 +137,7 @@ class Mamba2(nn.Module):
             self.D,
             state.ssm,
         )
-        return self.out_proj(self._gated_norm(y.flatten(1), z)), State(conv, ssm)
+        return self.out_proj(group_norm(y.flatten(1) * F.silu(z), self.norm, self.ngroups)), State(conv, ssm)
 
     def initial_state(self, batch: int) -> State:
         """The state before the first position: zeros."""
@@ -149,11 +146,3 @@ class Mamba2(nn.Module):
             zeros(batch, self.conv1d.kernel_size[0] - 1, sum(self.sizes)),
             zeros(batch, self.heads, self.headdim, self.sizes[1] // self.ngroups),
         )
-
-    def _gated_norm(self, y: Tensor, z: Tensor) -> Tensor:
-        """RMS norm of y silu(z) within each group of heads."""
-        y = y * F.silu(z)
-        if self.ngroups == 1:
-            return self.norm(y)
-        y = y.unflatten(-1, (self.ngroups, -1))
-        return F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(-2) * self.norm.weight

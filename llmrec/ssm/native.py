@@ -1,4 +1,4 @@
-"""The scans and the convolution as C++ kernels for CPUs: several times faster than whole-tensor operations, with less memory.
+"""The scans and the convolution as C++ kernels for CPUs: faster than whole-tensor operations, with less memory.
 
 `cpp/` is compiled once with the C++ compiler of the machine, for this machine, and kept in `$LLMREC_HOME/kernels`.
 Where there is no compiler, or it fails, `library()` is None and the plain torch code computes the same; set
@@ -109,9 +109,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, weight.shape[1]).contiguous()
     y = x.new_empty(len(rows), len(weight))
     sizes = (ctypes.c_int64(size) for size in (len(rows), rows.shape[1], len(weight)))
-    kernels = library()
-    assert kernels is not None
-    kernels.llmrec_matvec(*sizes, _at(weight), _at(rows), _at(bias), _at(y), torch.get_num_threads())
+    _kernels().llmrec_matvec(*sizes, _at(weight), _at(rows), _at(bias), _at(y), torch.get_num_threads())
     return y.view(*x.shape[:-1], -1)
 
 
@@ -120,9 +118,7 @@ def scan_step_(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     x, dt, A, B, C, D = (t.contiguous() for t in (x, dt, A, B, C, D))
     y = torch.empty_like(x)
     scan = _Scan(len(x), 1, *x.shape[1:], *B.shape[1:], *(_at(t) for t in (x, dt, A, B, C, D, None)))
-    kernels = library()
-    assert kernels is not None
-    kernels.llmrec_scan_forward(ctypes.byref(scan), 1, _at(y), _at(state), None, x.shape[1] // B.shape[1], torch.get_num_threads())
+    _kernels().llmrec_scan_forward(ctypes.byref(scan), 1, _at(y), _at(state), None, x.shape[1] // B.shape[1], torch.get_num_threads())
     return y
 
 
@@ -153,9 +149,7 @@ class NativeScan(torch.autograd.Function):
         marks = x.new_empty(batch, -(-length // BLOCK), heads, headdim, B.shape[3]) if any(ctx.needs_input_grad) else None
         threads = torch.get_num_threads()
         scan = _scan(x, dt, A, B, C, D, fresh)
-        kernels = library()
-        assert kernels is not None
-        kernels.llmrec_scan_forward(ctypes.byref(scan), A.dim() == 1, _at(y), _at(end), _at(marks), _splits(scan, 1, threads), threads)
+        _kernels().llmrec_scan_forward(ctypes.byref(scan), A.dim() == 1, _at(y), _at(end), _at(marks), _splits(scan, 1, threads), threads)
         ctx.save_for_backward(x, dt, A, B, C, D, state, fresh, marks, y, end)
         ctx.set_materialize_grads(False)
         return y, end
@@ -174,9 +168,7 @@ class NativeScan(torch.autograd.Function):
         splits = _splits(scan, B.shape[2], threads)
         dB, dC = B.new_zeros(splits, *B.shape), B.new_zeros(splits, *B.shape)
         to = _Gradients(*(_at(t) for t in (y, dy, marks, dx, ddt, dA, dB, dC, meets, h, g)))
-        kernels = library()
-        assert kernels is not None
-        kernels.llmrec_scan_backward(ctypes.byref(scan), A.dim() == 1, ctypes.byref(to), splits, threads)
+        _kernels().llmrec_scan_backward(ctypes.byref(scan), A.dim() == 1, ctypes.byref(to), splits, threads)
         return dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), (x * dy).sum((0, 1)).sum(-1), None if state is None else g, None
 
 
@@ -191,10 +183,8 @@ class NativeConv(torch.autograd.Function):
         taps, bias = weight.t().contiguous(), bias.contiguous()
         fresh = None if seq_idx is None else _fresh(seq_idx)
         pieces = tuple(x.new_empty(*x.shape[:2], size) for size in sizes)
-        kernels = library()
-        assert kernels is not None
         conv = _conv(x, taps, bias, sizes, ahead, fresh)
-        kernels.llmrec_conv_forward(ctypes.byref(conv), _all(pieces), torch.get_num_threads())
+        _kernels().llmrec_conv_forward(ctypes.byref(conv), _all(pieces), torch.get_num_threads())
         ctx.save_for_backward(x, taps, bias, fresh)
         ctx.sizes, ctx.ahead = sizes, ahead
         return pieces
@@ -206,10 +196,8 @@ class NativeConv(torch.autograd.Function):
         dpieces = tuple(piece.contiguous() for piece in dpieces)
         dx = torch.zeros(x.shape, dtype=x.dtype)
         dtaps = x.new_empty(len(x), len(taps) + 1, x.shape[2])
-        kernels = library()
-        assert kernels is not None
         conv = _conv(x, taps, bias, ctx.sizes, ctx.ahead, fresh)
-        kernels.llmrec_conv_backward(ctypes.byref(conv), _all(dpieces), _at(dx), _at(dtaps), torch.get_num_threads())
+        _kernels().llmrec_conv_backward(ctypes.byref(conv), _all(dpieces), _at(dx), _at(dtaps), torch.get_num_threads())
         dtaps = dtaps.sum(0)
         return dx, dtaps[:-1].t(), dtaps[-1], None, None, None
 
@@ -232,6 +220,13 @@ def _splits(scan: _Scan, groups: int, threads: int) -> int:
     return max(
         1, min(scan.heads // scan.groups // 16 if scan.headdim == 1 else scan.heads // scan.groups, -(-threads // (scan.batch * groups)))
     )
+
+
+def _kernels() -> ctypes.CDLL:
+    """The library, for callers that have asked `takes_...`."""
+    found = library()
+    assert found is not None
+    return found
 
 
 def _at(t: Tensor | None) -> ctypes.c_void_p:
