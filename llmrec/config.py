@@ -92,19 +92,31 @@ class Split:
 class Mixer:
     """The layer that mixes positions of the history; see llmrec/retrievers/mixers."""
 
-    name: Literal["attention", "mamba2"] = "mamba2"
+    name: Literal["attention", "gru", "lru", "mamba", "mamba2", "hydra", "latent_mamba", "gated_mamba_attention", "hstu"] = "mamba2"
     heads: int = 2
-    """attention: number of heads."""
+    """attention, hstu, gated_mamba_attention: number of heads; latent_mamba: number of Mamba-2 layers side by side."""
+    hidden: int = 128
+    """gru, lru: width of the hidden state."""
+    d_latent: int | None = None
+    """latent_mamba: width of each of its layers; null is a quarter of model.dim."""
     d_state: int = 128
-    """mamba2: size of the state per channel."""
+    """mamba, mamba2, hydra, latent_mamba, gated_mamba_attention: size of the state per channel."""
     headdim: int = 4
-    """mamba2: channels per head."""
+    """mamba2, hydra, latent_mamba: channels per head."""
     d_conv: int = 4
-    """mamba2: width of the causal convolution."""
+    """mamba and its kin: width of the convolution."""
     expand: int = 2
-    """mamba2: inner width over outer width."""
+    """mamba and its kin: inner width over outer width."""
     chunk: int = 64
-    """mamba2: positions per block of the scan; speed only, the result is the same."""
+    """mamba2, hydra, latent_mamba: positions per block of the scan; speed only, the result is the same."""
+    init: Literal["mamba", "mamba4rec"] = "mamba4rec"
+    """mamba and its kin: how they start; mamba4rec draws every linear weight from N(0, .02), which in Mamba-1 also wipes out the small
+    first steps."""
+    dropout: float = 0.0
+    """attention: on its weights. On a CPU anything but 0 costs the fast kernel."""
+    legacy_leak: bool = False
+    """gated_mamba_attention: let every position see the whole history, as the public code does. Metrics of validation and test stay
+    honest, the training does not."""
 
 
 @dataclass
@@ -114,34 +126,58 @@ class SequenceModel:
     mixer: Mixer = field(default_factory=Mixer)
     dim: int = 64
     layers: int = 1
+    feed_forward: Literal["gelu", "relu", "swiglu", "gated", "none"] = "gelu"
+    """gelu, relu: two linear layers; swiglu: three without bias; gated: arXiv 2504.07398's equation 11 read literally, all of them as wide as
+    the model; none: the mixer alone."""
     inner: int = 256
     """Width of the feed-forward layer."""
+    norm: Literal["post", "pre", "none"] = "post"
+    """post: after the residual sum (RecBole, Mamba4Rec); pre: before mixer and feed-forward, and at the end; none: GRU4Rec."""
+    norm_kind: Literal["layer", "rms"] = "layer"
     dropout: float = 0.2
     positions: bool = False
     """Learned position embeddings (SASRec)."""
     residual: bool = False
     """Residual around the mixer. Mamba4Rec has none when it has one layer."""
+    item_bias: bool = False
+    """A learned bias per item in the scores (LRURec)."""
+    temperature: float | None = None
+    """Scores are cosines over this temperature (InfoNCE with loss sampled_softmax); null: plain products."""
 
 
 @dataclass
 class Training:
-    """How a sequence model is trained: all positions at once, full softmax cross-entropy."""
+    """How a sequence model is trained."""
 
     max_length: int = 50
     """Events of history the model sees."""
+    loss: Literal["full_softmax", "sampled_softmax", "gbce", "bce"] = "full_softmax"
+    """full_softmax: cross-entropy over all items; sampled_softmax: over the target and the negatives; gbce: gSASRec's, with the same
+    negatives; bce: one negative per target, the published SASRec's and RecMamba's."""
+    negatives: int = 256
+    """sampled_softmax, gbce: uniform negatives, shared by all targets of a step."""
+    calibration: float = 0.75
+    """gbce: t of arXiv 2308.07192; 0 is plain binary cross-entropy, 1 calibrates fully."""
     batch: int = 64
     """Windows per step."""
     learning_rate: float = 1e-3
-    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; cosine ends at 0 after training.epochs."""
     warmup: int = 50
     """Steps of linear warm-up."""
+    weight_decay: float = 0.0
     gradient_clip: float = 5.0
     epochs: int = 200
     """At most; early stopping ends it sooner."""
     patience: int = 10
-    """Epochs without a better validation NDCG@10 before stopping."""
-    windows: Literal["all", "last"] = "all"
-    """all: each history is cut into windows of max_length; last: only the latest window."""
+    """Validations without a better NDCG@10 before stopping."""
+    validate_every: int = 1
+    """Epochs from one validation to the next."""
+    windows: Literal["all", "last", "prefixes"] = "all"
+    """all: each history is cut into windows of max_length, every position is a target; last: only the latest window; prefixes: random
+    prefixes with one target each, for mixers that see the future of a position (hydra)."""
+    prefixes_per_user: int = 4
+    """prefixes: per epoch."""
 
 
 @dataclass

@@ -1,13 +1,19 @@
-"""Full-softmax cross-entropy over the catalogue, in memory that does not grow with batch x catalogue."""
+"""Losses of next-item prediction, against the whole catalogue or against sampled items. All are means over positions.
+
+The sampled ones take embedding rows, never the table, so that their memory does not grow with the catalogue.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-LOGITS = 1 << 22  # made at a time: 16 MB
+LOGITS = 1 << 20  # made at a time: 4 MB, of which the cores' caches hold much
+FEWEST = 32  # positions at a time, however large the catalogue: fewer make slow products
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -15,25 +21,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        vector_gradient = torch.empty_like(vectors)
-        table_gradient = torch.zeros_like(table)
-        total = vectors.new_zeros(())
-        chunk = min(2048, max(1, LOGITS // len(table)))
+        items, answers = table[1:], targets[:, None] - 1  # without the padding
+        losses = vectors.new_empty(len(vectors), 1)
+        vector_gradient, table_gradient = torch.empty_like(vectors), torch.zeros_like(table)
+        chunk = max(FEWEST, LOGITS // len(items))
         for start in range(0, len(vectors), chunk):
             rows = slice(start, start + chunk)
-            h, y = vectors[rows], targets[rows, None]
-            logits = h @ table.T
-            logits[:, 0] = -torch.inf  # padding is no item
-            normaliser = logits.logsumexp(1, keepdim=True)
-            total += (normaliser - logits.gather(1, y)).sum()
-            gradient = logits.sub_(normaliser).exp_()  # softmax
-            gradient.scatter_add_(1, y, gradient.new_full(y.shape, -1.0))
-            torch.mm(gradient, table, out=vector_gradient[rows])
-            table_gradient.addmm_(gradient.T, h)
+            h, y = vectors[rows], answers[rows]
+            logits = h @ items.T
+            shares = logits.softmax(1)
+            # logsumexp is the largest logit minus the log of its share: no second pass of exp, and never the log of 0.
+            losses[rows] = logits.amax(1, keepdim=True) - logits.gather(1, y) - shares.amax(1, keepdim=True).log()
+            gradient = shares.scatter_add_(1, y, shares.new_full(y.shape, -1.0))
+            torch.mm(gradient, items, out=vector_gradient[rows])
+            table_gradient[1:].addmm_(gradient.T, h)
         ctx.save_for_backward(vector_gradient.div_(len(vectors)), table_gradient.div_(len(vectors)))
-        return total / len(vectors)
+        return losses.mean()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:
         vector_gradient, table_gradient = ctx.saved_tensors
         return vector_gradient * outer[0], table_gradient * outer[0], None
@@ -51,3 +57,76 @@ def full_softmax(vectors: Tensor, table: Tensor, targets: Tensor) -> Tensor:
         A scalar; differentiable once, with respect to vectors and table.
     """
     return _ChunkedCrossEntropy.apply(vectors, table, targets)
+
+
+def sampled_softmax(vectors: Tensor, positives: Tensor, negatives: Tensor, targets: Tensor, negative_ids: Tensor) -> Tensor:
+    """Mean cross-entropy of the next item over itself and sampled items, -log(e^s+ / (e^s+ + sum of e^s-)).
+
+    This is InfoNCE (van den Oord et al., arXiv 1807.03748, equation 4). With vectors and rows of unit length, and the vectors
+    divided by a temperature, it is the loss of Hydra (arXiv 2504.07398, equation 15), whose negatives come from outside the
+    user's history; here only the target itself is left out. An item drawn twice counts twice.
+
+    Args:
+        vectors: (positions, dim).
+        positives: embedding rows of the targets, (positions, dim).
+        negatives: embedding rows of the sampled items, (k, dim), shared by all positions.
+        targets: (positions,) int64.
+        negative_ids: (k,) int64; where one is a position's target, it does not count there.
+
+    Returns:
+        A scalar.
+    """
+    positive, others = _scores(vectors, positives, negatives, targets, negative_ids)
+    return -F.logsigmoid(positive - others.logsumexp(1)).mean()
+
+
+def gbce(
+    vectors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    targets: Tensor,
+    negative_ids: Tensor,
+    items: int,
+    calibration: float,
+) -> Tensor:
+    """Generalised binary cross-entropy of gSASRec (Petrov and Macdonald, arXiv 2308.07192).
+
+    -(log sigmoid(s+)^beta + sum of log(1 - sigmoid(s-))) / (k + 1), where beta = alpha (t (1 - 1/alpha) + 1/alpha)
+    = 1 - t (1 - alpha) and alpha = k / (items - 1) is the share of negatives that are drawn.
+
+    Args:
+        vectors: (positions, dim).
+        positives: embedding rows of the targets, (positions, dim).
+        negatives: embedding rows of the sampled items, (k, dim), shared by all positions.
+        targets: (positions,) int64.
+        negative_ids: (k,) int64; where one is a position's target, it adds nothing there.
+        items: in the catalogue.
+        calibration: t; 0 is plain binary cross-entropy (beta 1), 1 undoes the effect of sampling on probabilities (beta alpha).
+
+    Returns:
+        A scalar.
+    """
+    positive, others = _scores(vectors, positives, negatives, targets, negative_ids)
+    alpha = min(1.0, len(negatives) / (items - 1))
+    beta = 1 - calibration * (1 - alpha)
+    return -(beta * F.logsigmoid(positive) + F.logsigmoid(-others).sum(1)).mean() / (len(negatives) + 1)
+
+
+def bce(vectors: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+    """Binary cross-entropy with one negative per position (SASRec: Kang and McAuley, arXiv 1808.09781, equation 7).
+
+    Args:
+        vectors: (positions, dim).
+        positives: embedding rows of the targets, (positions, dim).
+        negatives: embedding rows of the sampled items, (positions, dim).
+
+    Returns:
+        The mean of -log sigmoid(s+) - log(1 - sigmoid(s-)), a scalar.
+    """
+    return -(F.logsigmoid((vectors * positives).sum(1)) + F.logsigmoid(-(vectors * negatives).sum(1))).mean()
+
+
+def _scores(vectors: Tensor, positives: Tensor, negatives: Tensor, targets: Tensor, negative_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the targets (positions,) and of the negatives (positions, k), -inf where a negative is the target."""
+    hits = targets[:, None] == negative_ids
+    return (vectors * positives).sum(1), (vectors @ negatives.T).masked_fill(hits, -torch.inf)

@@ -74,7 +74,7 @@ def read(model: SequenceModel, histories: Sequence[ArrayLike], users: ArrayLike 
     if len(different) < len(names):
         raise UserError(f"user {different[counts.argmax()]} has {counts.max()} histories: join them in time order")
     nobody = _map(lambda tensor: tensor.cpu(), model.initial_states(0))
-    states = UserStates({}, nobody, torch.zeros(0, model.config.dim, dtype=model.items.weight.dtype), _fingerprint(model))
+    states = UserStates({}, nobody, torch.zeros(0, model.width, dtype=model.items.weight.dtype), _fingerprint(model))
     lengths, items = _joined(histories)
     update(model, states, np.repeat(names, lengths), items)
     return states
@@ -140,7 +140,7 @@ def recommend(
     # what top_items leaves out is a row's history
     offsets, nothing = np.cumsum([0, *lengths]), np.zeros(len(excluded))
     left_out = Sequences(offsets, excluded.astype(np.int32), nothing.astype(np.float32), nothing.astype(np.int8), _item_count(model))
-    scorer = _Vectors(states.hidden[[states.rows[user] for user in asked.tolist()]], model.items.weight)
+    scorer = _Vectors(states.hidden[[states.rows[user] for user in asked.tolist()]], model.item_vectors())
     return top_items(scorer, left_out, np.arange(len(asked)), offsets[1:], count, rows_per_batch(left_out.item_count))
 
 

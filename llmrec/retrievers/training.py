@@ -1,4 +1,4 @@
-"""Train a causal sequence model on all positions at once, with early stopping on validation NDCG@10.
+"""Train a sequence model, with early stopping on validation NDCG@10: on all positions at once where the mixer is causal.
 
 Every epoch leaves a checkpoint, and an epoch's data order and dropout come from (seed, epoch) alone, so a killed
 training goes on from its last epoch and ends with the same weights on CPU.
@@ -7,6 +7,7 @@ training goes on from its last epoch and ends with the same weights on CPU.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from llmrec.errors import UserError
 from llmrec.progress import track
 from llmrec.retrievers import losses, windows
 from llmrec.retrievers.candidates import rank, rows_per_batch
+from llmrec.retrievers.mixers import is_causal
 from llmrec.retrievers.sequence_model import SequenceModel
 
 FORWARD = 32  # histories per forward pass when scoring; bounds the memory of the mixers
@@ -39,7 +41,7 @@ class SequenceScorer:
     def scores(self, users: np.ndarray, histories: list[np.ndarray]) -> Tensor:
         """Scores of all items after each history; the user's number does not matter to these models."""
         self.model.eval()
-        table = self.model.items.weight
+        table = self.model.item_vectors()
         found = []
         for start in range(0, len(histories), FORWARD):
             rows = windows.pad([history[-self.max_length :] for history in histories[start : start + FORWARD]]).to(table.device)
@@ -69,7 +71,7 @@ def train(
     """Train `model` in place and leave it with the weights of its best epoch.
 
     Args:
-        model: a causal model; its starting weights are the caller's.
+        model: its starting weights are the caller's.
         sequences: all users' events; only their training parts are trained on.
         training: how.
         validate: validation cases; NDCG@10 over the full catalogue, history not masked, decides.
@@ -80,28 +82,44 @@ def train(
         The last epoch, the best one, and one log row per epoch.
 
     Raises:
-        UserError: when the loss is not finite.
+        UserError: when the loss is not finite, or a mixer that sees the future would be trained on all positions.
     """
-    optimiser = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, betas=(0.9, 0.999))
+    check_windows(model.config.mixer, training)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     progress = _resume(model, optimiser, checkpoints)
     scorer = SequenceScorer(model, training.max_length)
     batch = rows_per_batch(sequences.item_count)
     for epoch in track(range(progress.epoch + 1, training.epochs + 1), "epochs", total=training.epochs - progress.epoch):
-        if progress.epoch - progress.best_epoch >= training.patience:
+        if progress.epoch - progress.best_epoch >= training.patience * training.validate_every:
             break
         begun = time.perf_counter()
         loss = _epoch(model, optimiser, sequences, training, seed, epoch)
-        ranked = rank(scorer, sequences, validate, 1, repeats=True, batch=batch).target_rank
-        ndcg = float(np.where(ranked <= 10, 1 / np.log2(ranked + 1.0), 0.0).mean())
+        row = {"epoch": epoch, "loss": loss}
+        if epoch % training.validate_every == 0 or epoch == training.epochs:
+            ranked = rank(scorer, sequences, validate, 1, repeats=True, batch=batch).target_rank
+            row["valid_ndcg@10"] = float(np.where(ranked <= 10, 1 / np.log2(ranked + 1.0), 0.0).mean())
+            if row["valid_ndcg@10"] > progress.best:
+                progress.best, progress.best_epoch = row["valid_ndcg@10"], epoch
+                _save(checkpoints / "best.safetensors", dict(model.state_dict()))
         progress.epoch = epoch
         progress.seconds += time.perf_counter() - begun
-        progress.log.append({"epoch": epoch, "loss": loss, "valid_ndcg@10": ndcg})
-        if ndcg > progress.best:
-            progress.best, progress.best_epoch = ndcg, epoch
-            _save(checkpoints / "best.safetensors", dict(model.state_dict()))
+        progress.log.append(row)
         _checkpoint(model, optimiser, progress, checkpoints)
     model.load_state_dict(load_file(checkpoints / "best.safetensors"))
     return progress
+
+
+def check_windows(mixer: config.Mixer, training: config.Training) -> None:
+    """Make sure that no training position sees its own target.
+
+    Raises:
+        UserError: for a mixer that sees the future and windows whose every position is a target.
+    """
+    if not is_causal(mixer) and not mixer.legacy_leak and training.windows != "prefixes":
+        raise UserError(
+            f"mixer {mixer.name} sees the future of every position: trained on all positions at once it would look the next item up and "
+            "learn nothing else. Set training.windows prefixes: one target per prefix, which ends before it"
+        )
 
 
 def _epoch(
@@ -110,26 +128,51 @@ def _epoch(
     model.train()
     device = model.items.weight.device
     random = np.random.default_rng([seed, epoch])
-    torch.manual_seed(int(random.integers(2**62)))  # dropout
-    pieces = windows.cut(sequences, training.max_length, latest_only=training.windows == "last", shift=random)
-    steps_per_epoch = -(-len(pieces) // training.batch)
+    torch.manual_seed(int(random.integers(2**62)))  # dropout and negatives
+    pieces = windows.cut(sequences, training, random)
+    steps = -(-len(pieces) // training.batch)
     total, count = 0.0, 0
-    for step, (inputs, targets) in enumerate(windows.batches(pieces, training.batch, random)):
-        done = (epoch - 1) * steps_per_epoch + step
+    batches = windows.batches(pieces, training.batch, random, last_only=training.windows == "prefixes")
+    for step, (inputs, targets) in enumerate(batches):
         for group in optimiser.param_groups:
-            group["lr"] = training.learning_rate * min(1.0, (done + 1) / max(1, training.warmup))
+            group["lr"] = training.learning_rate * _rate((epoch - 1) * steps + step, steps, training)
         inputs, targets = inputs.to(device), targets.to(device)
-        real = targets > 0
-        loss = losses.full_softmax(model(inputs)[real], model.items.weight, targets[real])
+        loss = _loss(model, inputs, targets, training)
         if not torch.isfinite(loss):
             raise UserError(f"the loss of epoch {epoch}, step {step} is {loss.item()}: try a lower training.learning_rate")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
         optimiser.step()
-        total += loss.item() * int(real.sum())
-        count += int(real.sum())
+        real = int((targets > 0).sum())
+        total += loss.item() * real
+        count += real
     return total / count
+
+
+def _rate(step: int, steps_per_epoch: int, training: config.Training) -> float:
+    """The learning rate's factor: linear warm-up, then constant or a cosine to 0."""
+    warmed = min(1.0, (step + 1) / max(1, training.warmup))
+    if training.schedule == "constant":
+        return warmed
+    done = min(1.0, step / (steps_per_epoch * training.epochs))
+    return warmed * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _loss(model: SequenceModel, inputs: Tensor, targets: Tensor, training: config.Training) -> Tensor:
+    """Mean loss of the real targets of a batch, (batch, length) both."""
+    real = targets.flatten().nonzero()[:, 0]
+    vectors, targets = model(inputs).flatten(0, 1).index_select(0, real), targets.flatten()[real]
+    if training.loss == "full_softmax":
+        return losses.full_softmax(vectors, model.item_vectors(), targets)
+    last = model.items.num_embeddings
+    if training.loss == "bce":
+        return losses.bce(vectors, model.item_vectors(targets), model.item_vectors(torch.randint_like(targets, 1, last)))
+    ids = torch.randint(1, last, (training.negatives,), device=targets.device)
+    sampled = vectors, model.item_vectors(targets), model.item_vectors(ids), targets, ids
+    if training.loss == "gbce":
+        return losses.gbce(*sampled, last - 1, training.calibration)
+    return losses.sampled_softmax(*sampled)
 
 
 def _save(path: Path, tensors: dict[str, Tensor], note: str = "") -> None:

@@ -8,37 +8,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmrec.config import Training
 from llmrec.data.sequences import Sequences
 
 
-def cut(sequences: Sequences, length: int, *, latest_only: bool, shift: np.random.Generator | None = None) -> list[np.ndarray]:
-    """Pieces of each user's training part with up to `length` targets (`length + 1` items), cut from the latest end.
+def cut(sequences: Sequences, training: Training, random: np.random.Generator) -> list[np.ndarray]:
+    """One epoch's pieces of the training histories, each of up to `max_length` inputs and the target that follows.
 
     Args:
         sequences: all users.
-        length: positions of a window.
-        latest_only: only the last window of each user, else the whole history in pieces.
-        shift: moves the borders of a user's pieces by a random amount, so that every epoch has other left edges.
+        training: `windows` says which pieces:
+            all: the whole history, in pieces from its latest end; their borders move by a random amount, so that every
+            epoch has other left edges. Every position but a piece's first is a target once.
+            last: the latest piece alone.
+            prefixes: up to `prefixes_per_user` different prefixes of each user, whose last item is the one target.
+        random: of the borders and prefixes.
     """
-    pieces = []
+    length, pieces = training.max_length, []
     for start, end in zip(sequences.offsets[:-1], sequences.train_ends(), strict=True):
         history = sequences.items[start:end]
-        if latest_only:
-            pieces.append(history[-(length + 1) :])
-            continue
         last = len(history)
-        if shift is not None and last > length + 1:
-            first = int(shift.integers(1, length + 1))
-            pieces.append(history[-(first + 1) :])
-            last -= first
-        pieces += [history[max(0, stop - length - 1) : stop] for stop in range(last, 1, -length)]
+        if training.windows == "prefixes":
+            count = min(training.prefixes_per_user, max(0, last - 1))
+            stops = random.choice(np.arange(2, last + 1), count, replace=False) if count else []
+        elif training.windows == "last":
+            stops = [last]
+        else:
+            stops = list(range(last, 1, -length))
+            if last > length + 1:
+                first = int(random.integers(1, length + 1))
+                pieces.append(history[-(first + 1) :])
+                stops = range(last - first, 1, -length)
+        pieces += [history[max(0, stop - length - 1) : stop] for stop in stops]
     return [piece for piece in pieces if len(piece) > 1]
 
 
-def batches(pieces: list[np.ndarray], size: int, order: np.random.Generator, run: int = 20) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    pieces: list[np.ndarray], size: int, order: np.random.Generator, *, last_only: bool = False, run: int = 20
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled batches of pieces of similar length: (inputs, targets), each (batch, longest), padded with 0 on the right.
 
     Pieces are sorted by length inside shuffled runs of `run` batches, then the batches are shuffled.
+
+    Args:
+        pieces: of `cut`.
+        size: pieces per batch.
+        order: of the shuffling.
+        last_only: whether only a piece's last item is a target; the others' places hold 0.
+        run: batches per run.
     """
     lengths = np.array([len(piece) for piece in pieces])
     shuffled = order.permutation(len(pieces))
@@ -48,8 +65,12 @@ def batches(pieces: list[np.ndarray], size: int, order: np.random.Generator, run
         bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
         groups += [bucket[at : at + size] for at in range(0, len(bucket), size)]
     for at in order.permutation(len(groups)):
-        rows = pad([pieces[index] for index in groups[at]])
-        yield rows[:, :-1], rows[:, 1:]
+        group = [pieces[index] for index in groups[at]]
+        inputs = pad([piece[:-1] for piece in group])  # a target is nobody's input: some mixers see the future
+        targets = pad([piece[1:] for piece in group])
+        if last_only:
+            targets[:, :-1] *= inputs[:, 1:] == 0
+        yield inputs, targets
 
 
 def pad(rows: list[np.ndarray]) -> Tensor:

@@ -1,8 +1,8 @@
 """What mixes the positions of a history: one file per mixer, one line here.
 
-A mixer maps (batch, length, dim) to the same; `CAUSAL` says whether position t sees only positions up to t, `STEPS` whether
-the past fits into a state of constant size (then it has `initial_state`, `step` and `forward(..., state, return_state)` as
-the layers of llmrec/ssm do).
+A mixer maps (batch, length, dim) to the same. `CAUSAL` says whether position t sees only positions up to t; a mixer that is
+not causal also takes `mask`, (batch, length), false at padding. `STEPS` says whether the past fits into a state of constant
+size: then it has `initial_state`, `step` and `forward(..., state, return_state)` as the layers of llmrec/ssm do.
 """
 
 from __future__ import annotations
@@ -11,19 +11,29 @@ from torch import nn
 
 from llmrec.config import Mixer, SequenceModel
 from llmrec.errors import UserError
-from llmrec.retrievers.mixers import attention, mamba2
+from llmrec.retrievers.mixers import attention, gated_mamba_attention, gru, hstu, hydra, latent_mamba, lru, mamba, mamba2
 
-MIXERS = {"attention": attention, "mamba2": mamba2}
+MIXERS = {
+    "attention": attention,
+    "gru": gru,
+    "lru": lru,
+    "mamba": mamba,
+    "mamba2": mamba2,
+    "hydra": hydra,
+    "latent_mamba": latent_mamba,
+    "gated_mamba_attention": gated_mamba_attention,
+    "hstu": hstu,
+}
 
 
-def build_mixer(model: SequenceModel) -> nn.Module:
+def build_mixer(model: SequenceModel, max_length: int) -> nn.Module:
     """The mixer of one layer."""
-    return MIXERS[model.mixer.name].build(model)
+    return MIXERS[model.mixer.name].build(model, max_length)
 
 
 def is_causal(mixer: Mixer) -> bool:
     """Whether the mixer may be trained on all positions at once."""
-    return MIXERS[mixer.name].CAUSAL
+    return MIXERS[mixer.name].CAUSAL and not mixer.legacy_leak
 
 
 def check_steps(model: SequenceModel) -> None:

@@ -9,7 +9,7 @@ CAUSAL = True
 STEPS = True
 
 
-def build(model: SequenceModel) -> Mamba2:
+def build(model: SequenceModel, max_length: int) -> Mamba2:
     """The layer with the recipe's sizes."""
     mixer = model.mixer
-    return Mamba2(model.dim, mixer.d_state, mixer.d_conv, mixer.expand, mixer.headdim, chunk_size=mixer.chunk)
+    return Mamba2(model.dim, mixer.d_state, mixer.d_conv, mixer.expand, mixer.headdim, chunk_size=mixer.chunk, init=mixer.init)
