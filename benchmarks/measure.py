@@ -10,8 +10,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from datetime import date
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,49 @@ def peak_megabytes(build: Callable[..., Callable[[], object]], *arguments: Any) 
 def _growth(build: Callable[..., Callable[[], object]], arguments: tuple[Any, ...], threads: int) -> float:
     torch.set_num_threads(threads)
     function = build(*arguments)
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     function()
     function()
-    return round(_memory("VmHWM") - before, 1)
+    return round(memory("VmHWM") - before, 1)
 
 
-def _memory(field: str) -> float:
-    """A line of the kernel's account of this process, in MB."""
+def elsewhere(steps: Callable[..., Iterator[Any]], *arguments: Any) -> Generator[Any]:
+    """The values of steps(*arguments), made in a fresh process, which rests between two values and ends with this generator."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, torch.get_num_threads(), steps, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        while True:
+            ours.send("next")
+            yield ours.recv()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve(pipe: Connection, threads: int, steps: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    pipe.recv()
+    for value in steps(*arguments):
+        pipe.send(value)
+        pipe.recv()
+
+
+def in_turn(runs: Mapping[str, Generator[Any]], rounds: int) -> dict[str, list[Any]]:
+    """So many values of each, one of each in turn, so that all see the same machine; then all are closed."""
+    values: dict[str, list[Any]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            values[name].append(next(run))
+    for run in runs.values():
+        run.close()
+    return values
+
+
+def memory(field: str) -> float:
+    """A line of the kernel's account of this process, in MB: VmRSS is what it holds now, VmHWM the most it ever held (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 

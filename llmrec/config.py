@@ -141,6 +141,8 @@ class SequenceModel:
     """Residual around the mixer. Mamba4Rec has none when it has one layer."""
     item_bias: bool = False
     """A learned bias per item in the scores (LRURec)."""
+    repeat_bias: bool = False
+    """One learned bias in the scores of all items that the history holds; with loss full_softmax."""
     temperature: float | None = None
     """Scores are cosines over this temperature (InfoNCE with loss sampled_softmax); null: plain products."""
 

@@ -38,7 +38,7 @@ class Ranked:
 
 
 def _check(scores: Tensor, users: np.ndarray) -> None:
-    bad = ~torch.isfinite(scores).all(1)
+    bad = ~torch.isfinite(scores.sum(1))  # a sum of finite scores is finite, one with NaN or infinities in it never
     if bad.any():
         raise UserError(f"the retriever's scores of user {users[int(bad.nonzero()[0])]} are not finite: lower training.learning_rate")
 
@@ -49,6 +49,11 @@ def _top(scores: Tensor, items: np.ndarray, kept: np.ndarray) -> None:
     width = values.shape[1]
     kept[:, :width] = values.numpy()
     items[:, :width] = np.where(kept[:, :width] > -np.inf, index.numpy() + 1, 0)
+
+
+def _ranks(scores: Tensor, own: Tensor) -> np.ndarray:
+    """How many scores of each row are at least the target's `own`, (rows, 1). Row by row: torch's sum would copy all to int64."""
+    return np.array([np.count_nonzero(row) for row in (scores >= own).numpy()], dtype=np.int32)
 
 
 def _mask(scores: Tensor, histories: list[np.ndarray]) -> None:
@@ -86,12 +91,12 @@ def rank(scorer: Scorer, sequences: Sequences, cases: Cases, count: int, *, repe
         _check(scores, users)
         target = torch.from_numpy(cases.targets[part].astype(np.int64))[:, None] - 1
         own = scores.gather(1, target)
-        answer.target_rank[part] = (scores >= own).sum(1).numpy()
+        answer.target_rank[part] = _ranks(scores, own)
         if repeats:
             _top(scores, answer.items[part], answer.scores[part])
         _mask(scores, histories)
         scores.scatter_(1, target, own)  # a repeated target stays an answer
-        answer.target_rank_masked[part] = (scores >= own).sum(1).numpy()
+        answer.target_rank_masked[part] = _ranks(scores, own)
         if not repeats:
             _mask(scores, histories)
             _top(scores, answer.items[part], answer.scores[part])
@@ -123,5 +128,8 @@ def top_items(scorer: Scorer, sequences: Sequences, users: np.ndarray, ends: np.
 
 
 def rows_per_batch(item_count: int, budget_mb: int = 96) -> int:
-    """How many rows of full-catalogue scores fit in a budget (three float32 copies live at once)."""
-    return max(1, min(1024, budget_mb * 2**20 // (12 * item_count)))
+    """How many rows of full-catalogue scores fit in a budget (three float32 copies live at once).
+
+    At least 32, 384 MB with a million items: fewer would read the whole table of item vectors for next to nothing.
+    """
+    return max(32, min(1024, budget_mb * 2**20 // (12 * item_count)))

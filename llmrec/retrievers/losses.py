@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llmrec.retrievers.repeats import Seen
+
 LOGITS = 1 << 20  # made at a time: 4 MB, of which the cores' caches hold much
 FEWEST = 32  # positions at a time, however large the catalogue: fewer make slow products
 
@@ -20,43 +22,52 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Makes loss and both gradients chunk by chunk in the forward pass, so that no logits are kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, vectors: Tensor, table: Tensor, targets: Tensor, seen: Seen | None, bias: Tensor | None) -> Tensor:
         items, answers = table[1:], targets[:, None] - 1  # without the padding
         losses = vectors.new_empty(len(vectors), 1)
         vector_gradient, table_gradient = torch.empty_like(vectors), torch.zeros_like(table)
+        bias_gradient = None if bias is None else torch.zeros_like(bias)
         chunk = max(FEWEST, LOGITS // len(items))
         for start in range(0, len(vectors), chunk):
             rows = slice(start, start + chunk)
             h, y = vectors[rows], answers[rows]
             logits = h @ items.T
+            if seen is not None and bias is not None:
+                columns, counts = seen.items(rows)
+                logits.scatter_add_(1, columns, (counts * bias).to(logits.dtype))
             shares = logits.softmax(1)
             # logsumexp is the largest logit minus the log of its share: no second pass of exp, and never the log of 0.
             losses[rows] = logits.amax(1, keepdim=True) - logits.gather(1, y) - shares.amax(1, keepdim=True).log()
             gradient = shares.scatter_add_(1, y, shares.new_full(y.shape, -1.0))
             torch.mm(gradient, items, out=vector_gradient[rows])
             table_gradient[1:].addmm_(gradient.T, h)
-        ctx.save_for_backward(vector_gradient.div_(len(vectors)), table_gradient.div_(len(vectors)))
+            if seen is not None and bias_gradient is not None:
+                bias_gradient += (gradient.gather(1, columns) * counts).sum() / len(vectors)
+        ctx.save_for_backward(vector_gradient.div_(len(vectors)), table_gradient.div_(len(vectors)), bias_gradient)
         return losses.mean()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:
-        vector_gradient, table_gradient = ctx.saved_tensors
-        return vector_gradient * outer[0], table_gradient * outer[0], None
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor | None]:
+        vector_gradient, table_gradient, bias_gradient = ctx.saved_tensors
+        of_bias = None if bias_gradient is None else bias_gradient * outer[0]
+        return vector_gradient * outer[0], table_gradient * outer[0], None, None, of_bias
 
 
-def full_softmax(vectors: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+def full_softmax(vectors: Tensor, table: Tensor, targets: Tensor, seen: Seen | None = None, bias: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of the next item over all items.
 
     Args:
         vectors: (positions, dim).
         table: item embeddings, (items + 1, dim); row 0 is padding and never an answer.
         targets: (positions,) int64, 1..items.
+        seen: which items the positions have behind them.
+        bias: of the logits of those, a scalar.
 
     Returns:
-        A scalar; differentiable once, with respect to vectors and table.
+        A scalar; differentiable once, with respect to vectors, table and bias.
     """
-    return _ChunkedCrossEntropy.apply(vectors, table, targets)
+    return _ChunkedCrossEntropy.apply(vectors, table, targets, seen, bias)
 
 
 def sampled_softmax(vectors: Tensor, positives: Tensor, negatives: Tensor, targets: Tensor, negative_ids: Tensor) -> Tensor:

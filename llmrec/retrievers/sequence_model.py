@@ -85,6 +85,8 @@ class SequenceModel(nn.Module):
         self.items = nn.Embedding(item_count + 1, model.dim, padding_idx=0)
         self.positions = nn.Embedding(max_length, model.dim) if model.positions else None
         self.item_bias = nn.Parameter(torch.zeros(item_count + 1)) if model.item_bias else None
+        # Adam moves a parameter by the learning rate a step at most, which is slow for a number that belongs near -10
+        self.tenth_of_repeat_bias = nn.Parameter(torch.zeros(())) if model.repeat_bias else None
         for table in (self.items, self.positions):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
@@ -118,6 +120,11 @@ class SequenceModel(nn.Module):
             bias = self.item_bias if ids is None else self.item_bias[ids]
             rows = torch.cat([rows, bias[..., None]], -1)
         return rows
+
+    @property
+    def repeat_bias(self) -> Tensor | None:
+        """What is added to the scores of items that the history holds, a scalar (see `repeats`)."""
+        return None if self.tenth_of_repeat_bias is None else 10 * self.tenth_of_repeat_bias
 
     def _embed(self, history: Tensor) -> Tensor:
         x = self.items(history)

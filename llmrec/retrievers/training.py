@@ -6,6 +6,7 @@ training goes on from its last epoch and ends with the same weights on CPU.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from llmrec.progress import track
 from llmrec.retrievers import losses, windows
 from llmrec.retrievers.candidates import rank, rows_per_batch
 from llmrec.retrievers.mixers import is_causal
+from llmrec.retrievers.repeats import Seen
 from llmrec.retrievers.sequence_model import SequenceModel
 
 FORWARD = 32  # histories per forward pass when scoring; bounds the memory of the mixers
@@ -32,7 +34,7 @@ FORWARD = 32  # histories per forward pass when scoring; bounds the memory of th
 
 @dataclass
 class SequenceScorer:
-    """A trained sequence model as a retriever (see `candidates.Scorer`)."""
+    """A trained sequence model as a retriever (see `candidates.Scorer`). Make a new one when the weights have changed."""
 
     model: SequenceModel
     max_length: int
@@ -41,12 +43,21 @@ class SequenceScorer:
     def scores(self, users: np.ndarray, histories: list[np.ndarray]) -> Tensor:
         """Scores of all items after each history; the user's number does not matter to these models."""
         self.model.eval()
-        table = self.model.item_vectors()
         found = []
         for start in range(0, len(histories), FORWARD):
-            rows = windows.pad([history[-self.max_length :] for history in histories[start : start + FORWARD]]).to(table.device)
-            found.append(self.model.last(rows, (rows > 0).sum(1)))
-        return torch.cat(found) @ table[1:].T
+            rows = windows.pad([history[-self.max_length :] for history in histories[start : start + FORWARD]]).to(self._table.device)
+            lengths = (rows > 0).sum(1)
+            scores = self.model.last(rows, lengths) @ self._table.T
+            if self.model.repeat_bias is not None:
+                columns, counts = Seen.at(rows, torch.arange(len(rows), device=rows.device), lengths - 1).items()
+                scores.scatter_add_(1, columns, counts * self.model.repeat_bias)
+            found.append(scores)
+        return torch.cat(found)
+
+    @functools.cached_property
+    def _table(self) -> Tensor:
+        """Made once: with a million items it is the larger part of a batch's cost where rows are normalised."""
+        return self.model.item_vectors()[1:]
 
 
 @dataclass
@@ -85,17 +96,19 @@ def train(
         UserError: when the loss is not finite, or a mixer that sees the future would be trained on all positions.
     """
     check_windows(model.config.mixer, training)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
+    if model.config.repeat_bias and training.loss != "full_softmax":
+        raise UserError(f"model.repeat_bias needs training.loss full_softmax, not {training.loss}")
+    optimiser = optimiser_of(model, training)
     progress = _resume(model, optimiser, checkpoints)
-    scorer = SequenceScorer(model, training.max_length)
     batch = rows_per_batch(sequences.item_count)
     for epoch in track(range(progress.epoch + 1, training.epochs + 1), "epochs", total=training.epochs - progress.epoch):
         if progress.epoch - progress.best_epoch >= training.patience * training.validate_every:
             break
         begun = time.perf_counter()
-        loss = _epoch(model, optimiser, sequences, training, seed, epoch)
+        loss = train_epoch(model, optimiser, sequences, training, seed, epoch)
         row = {"epoch": epoch, "loss": loss}
         if epoch % training.validate_every == 0 or epoch == training.epochs:
+            scorer = SequenceScorer(model, training.max_length)
             ranked = rank(scorer, sequences, validate, 1, repeats=True, batch=batch).target_rank
             row["valid_ndcg@10"] = float(np.where(ranked <= 10, 1 / np.log2(ranked + 1.0), 0.0).mean())
             if row["valid_ndcg@10"] > progress.best:
@@ -122,9 +135,22 @@ def check_windows(mixer: config.Mixer, training: config.Training) -> None:
         )
 
 
-def _epoch(
+def optimiser_of(model: SequenceModel, training: config.Training) -> torch.optim.AdamW:
+    """AdamW over all parameters, in one kernel."""
+    return torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
+
+
+def train_epoch(
     model: SequenceModel, optimiser: torch.optim.Optimizer, sequences: Sequences, training: config.Training, seed: int, epoch: int
 ) -> float:
+    """One epoch, whose pieces, order, negatives and dropout come from (seed, epoch) alone.
+
+    Returns:
+        The mean loss of its targets.
+
+    Raises:
+        UserError: when the loss is not finite.
+    """
     model.train()
     device = model.items.weight.device
     random = np.random.default_rng([seed, epoch])
@@ -161,10 +187,11 @@ def _rate(step: int, steps_per_epoch: int, training: config.Training) -> float:
 
 def _loss(model: SequenceModel, inputs: Tensor, targets: Tensor, training: config.Training) -> Tensor:
     """Mean loss of the real targets of a batch, (batch, length) both."""
-    real = targets.flatten().nonzero()[:, 0]
-    vectors, targets = model(inputs).flatten(0, 1).index_select(0, real), targets.flatten()[real]
+    row, column = targets.nonzero().unbind(1)
+    vectors, targets = model(inputs).flatten(0, 1).index_select(0, row * inputs.shape[1] + column), targets[row, column]
     if training.loss == "full_softmax":
-        return losses.full_softmax(vectors, model.item_vectors(), targets)
+        seen = None if model.repeat_bias is None else Seen.at(inputs, row, column)
+        return losses.full_softmax(vectors, model.item_vectors(), targets, seen, model.repeat_bias)
     last = model.items.num_embeddings
     if training.loss == "bce":
         return losses.bce(vectors, model.item_vectors(targets), model.item_vectors(torch.randint_like(targets, 1, last)))

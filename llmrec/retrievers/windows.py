@@ -30,7 +30,7 @@ def cut(sequences: Sequences, training: Training, random: np.random.Generator) -
         last = len(history)
         if training.windows == "prefixes":
             count = min(training.prefixes_per_user, max(0, last - 1))
-            stops = random.choice(np.arange(2, last + 1), count, replace=False) if count else []
+            stops = random.choice(np.arange(2, last + 1), count, replace=False).tolist() if count else []
         elif training.windows == "last":
             stops = [last]
         else:
@@ -38,7 +38,7 @@ def cut(sequences: Sequences, training: Training, random: np.random.Generator) -
             if last > length + 1:
                 first = int(random.integers(1, length + 1))
                 pieces.append(history[-(first + 1) :])
-                stops = range(last - first, 1, -length)
+                stops = list(range(last - first, 1, -length))
         pieces += [history[max(0, stop - length - 1) : stop] for stop in stops]
     return [piece for piece in pieces if len(piece) > 1]
 

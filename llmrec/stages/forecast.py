@@ -1,7 +1,7 @@
 """What a stage will cost, roughly: said before it starts and by `--dry_run`.
 
 Arithmetic over the speed of matrix products measured on this machine, with the share of it that each kind of work
-reached on ml-100k and two CPU cores (2026-11-21). Good to a factor of two; the progress bars know better later.
+reached on two CPU cores (2026-11-21). Good to a factor of two; the progress bars know better later.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmrec.config import Config
+from llmrec.config import Config, Training
 from llmrec.stages import inputs, run_folder
 
 EPOCHS = 25  # where early stopping usually ends
 FRAME_TOKENS, TITLE_TOKENS = 45, 8.2  # of SmolLM2's tokenizer: a prompt without titles, and a film's title without its year
 BACKWARD = 1.6  # a backward pass over a forward pass, with LoRA
-# Share of the measured matrix speed that the work reaches.
-REACHED = {"attention": 0.15, "mamba2": 0.2, "language model": 0.69}
+# Share of the measured matrix speed that the work reaches: a retriever's softmax, a language model's forward pass.
+REACHED = {"softmax": 0.67, "language model": 0.69}
+# A retriever's layer of width 64, whose time is not its products': it takes that of a softmax with so many products per event.
+LAYER = {"attention": 110_000, "hstu": 110_000, "gru": 110_000, "lru": 110_000}
+MAMBA_LAYER = 200_000  # all others
 PROCESS_MB = 600  # Python, torch and transformers themselves
 
 
@@ -68,10 +71,23 @@ def _retrieve(config: Config, events: int, users: int, items: int) -> Forecast:
         return Forecast(4 + config.lightfm.epochs * events / 1e6, memory, disk)
     if config.retrieval.kind == "popularity":
         return Forecast(4 + users / 5e3, memory, disk)
-    model = config.model
-    per_event = 6 * (model.layers * 50_000 * (model.dim / 64) ** 2 + items * model.dim)
-    epoch = events * per_event / (_speed("float32") * REACHED[model.mixer.name])
-    return Forecast(8 + min(EPOCHS, config.training.epochs) * epoch, memory + config.training.batch * config.training.max_length / 12, disk)
+    model, training = config.model, config.training
+    positions, targets = _trained(training, events, users)
+    compared = {"full_softmax": items, "bce": 2}.get(training.loss, training.negatives)
+    layer = LAYER.get(model.mixer.name, MAMBA_LAYER) * (model.dim / 64) ** 2
+    products = positions * model.layers * layer + targets * compared * model.dim
+    epoch = 6 * products / (_speed("float32") * REACHED["softmax"])  # forward and twice that backward, two operations each
+    return Forecast(8 + min(EPOCHS, training.epochs) * epoch, memory + training.batch * training.max_length / 12, disk)
+
+
+def _trained(training: Training, events: int, users: int) -> tuple[float, float]:
+    """Positions that an epoch computes, and those of them that are targets."""
+    each = events / users
+    if training.windows == "prefixes":
+        rows = users * min(training.prefixes_per_user, each)
+        return rows * min(training.max_length, each / 2), rows
+    seen = users * min(training.max_length, each) if training.windows == "last" else float(events)
+    return seen, seen
 
 
 def _facts(config: Config) -> dict[str, Any]:

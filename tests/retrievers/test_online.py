@@ -14,22 +14,41 @@ from llmrec.config import Config, Mixer, Retrieval
 from llmrec.config import SequenceModel as Sizes
 from llmrec.data.tables import load_sequences
 from llmrec.errors import UserError
-from llmrec.retrievers import online, training
+from llmrec.retrievers import mixers, online, training
 from llmrec.retrievers.candidates import top_items
 from llmrec.retrievers.sequence_model import SequenceModel
-from llmrec.ssm import LatentMamba
 from llmrec.stages import STAGES
 
 ITEMS = 30
 
 
-def model_of(layers=2, residual=True, mixer="mamba2", positions=False, seed=0, dtype=torch.float64):
+# what the sizes of a mixer and the rest of the skeleton may be in a model that keeps states
+SMALL = {"headdim": 4, "d_state": 4, "chunk": 5}
+MIXERS = {
+    "mamba": {"mixer": Mixer("mamba", d_state=4)},
+    "mamba2": {"mixer": Mixer("mamba2", **SMALL)},
+    "latent_mamba": {"mixer": Mixer("latent_mamba", heads=2, d_latent=4, **SMALL), "norm": "pre", "norm_kind": "rms", "temperature": 0.1},
+    "gru": {"mixer": Mixer("gru", hidden=12), "norm": "none", "feed_forward": "none"},
+    "lru": {"mixer": Mixer("lru", hidden=12), "item_bias": True},
+}
+SKELETONS = {
+    "one layer": {"layers": 1},
+    "no residual": {"layers": 3, "residual": False},
+    "pre": {"norm": "pre"},
+    "pre, no feed-forward": {"norm": "pre", "feed_forward": "none"},
+    "bias": {"item_bias": True},
+    "bias, temperature": {"norm": "pre", "item_bias": True, "temperature": 0.05},
+}
+KINDS = MIXERS | {name: MIXERS["mamba2"] | sizes for name, sizes in SKELETONS.items()}
+EVERY_MIXER = pytest.mark.parametrize("kind", MIXERS)
+
+
+def model_of(kind="mamba2", seed=0, dtype=torch.float64, **sizes):
     torch.manual_seed(seed)
-    small = Mixer(name="mamba2" if mixer == "latent" else mixer, d_state=8, headdim=4, chunk=5)
-    model = SequenceModel(Sizes(mixer=small, dim=16, inner=32, layers=layers, residual=residual, positions=positions), ITEMS, 50)
-    if mixer == "latent":  # whose states are nested
-        for layer in model.layers:
-            layer.mixer = LatentMamba(16, n_heads=2, d_latent=4, d_state=8)
+    known = KINDS[kind] if kind in KINDS else {"mixer": Mixer(kind)}
+    model = SequenceModel(Sizes(**{"dim": 16, "inner": 32, "layers": 2, "residual": True} | known | sizes), ITEMS, 50)
+    if model.item_bias is not None:
+        torch.nn.init.normal_(model.item_bias)
     return model.to(dtype).eval()
 
 
@@ -61,11 +80,15 @@ def assert_states_are_those_of(states, model, histories):
             assert_close(kept[states.rows[user]], expected[0])
 
 
+def test_every_mixer_with_a_state_is_here():
+    assert set(MIXERS) == {name for name, mixer in mixers.MIXERS.items() if mixer.STEPS}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("layers", "residual"), [(1, False), (1, True), (3, False), (3, True)])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_reading_in_pieces_and_stepping_equal_the_forward_pass(layers, residual, dtype):
-    model = model_of(layers, residual, dtype=dtype)
+def test_reading_in_pieces_and_stepping_equal_the_forward_pass(kind, dtype):
+    model = model_of(kind, dtype=dtype)
     history = torch.randint(1, ITEMS + 1, (3, 17))
     whole = model(history)
     first, states = model.read(history[:, :6])
@@ -83,44 +106,50 @@ def test_reading_in_pieces_and_stepping_equal_the_forward_pass(layers, residual,
     assert_close(torch.stack(vectors, 1), whole)
 
 
+@EVERY_MIXER
 @torch.no_grad()
-def test_padding_leaves_states_as_they_are(model):
+def test_padding_leaves_states_as_they_are(kind):
+    model = model_of(kind)
     history = torch.randint(1, ITEMS + 1, (3, 9))
     lengths = torch.tensor([9, 4, 0])
     _, before = model.read(torch.randint(1, ITEMS + 1, (3, 5)))
     vectors, after = model.read(history * (torch.arange(9) < lengths[:, None]), before)
     for row, length in enumerate(lengths):
-        own = [type(state)(*(tensor[row : row + 1] for tensor in state)) for state in before]
+        own = online._map(lambda tensor, row=row: tensor[row : row + 1], before)
         alone, expected = model.read(history[row : row + 1, :length], own) if length else (vectors[:0], own)
         assert_close(vectors[row, :length], alone.flatten(0, 1))
         for kept, tensor in zip(online._tensors(after), online._tensors(expected), strict=True):
             assert_close(kept[row], tensor[0])
 
 
-@pytest.mark.parametrize(("mixer", "positions", "problem"), [("attention", False, "mixer attention"), ("mamba2", True, "model.positions")])
+@pytest.mark.parametrize(
+    ("mixer", "positions", "problem"),
+    [(name, False, f"mixer {name}") for name in ("attention", "hydra", "hstu", "gated_mamba_attention")]
+    + [("mamba2", True, "model.positions")],
+)
 def test_models_without_a_state_say_which_have_one(mixer, positions, problem):
-    model = model_of(mixer=mixer, positions=positions)
+    model = model_of(mixer, positions=positions)
     items = torch.tensor([1])
     for attempt in (lambda: model.initial_states(1), lambda: model.read(items[None]), lambda: model.step([None, None], items)):
-        with pytest.raises(UserError, match=rf"{problem} .*mamba2"):
+        with pytest.raises(UserError, match=rf"{problem} .*\(gru, lru, mamba, mamba2, latent_mamba\)"):
             attempt()
     with pytest.raises(UserError, match=problem):
         online.read(model, [[1]])
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "latent"])
+@EVERY_MIXER
 @pytest.mark.parametrize(("users", "positions"), [(64, 128), (2, 5), (3, 1)])
-def test_states_of_histories_of_any_length_however_they_are_cut(histories, monkeypatch, mixer, users, positions):
+def test_states_of_histories_of_any_length_however_they_are_cut(histories, monkeypatch, kind, users, positions):
     monkeypatch.setattr(online, "USERS", users)
     monkeypatch.setattr(online, "POSITIONS", positions)
-    model = model_of(mixer=mixer)
+    model = model_of(kind)
     states = online.read(model, [*histories, []], users=[4, 9, 2, 700, 0, 1])
     assert_states_are_those_of(states, model, dict(zip([4, 9, 2, 700, 0], histories, strict=True)))
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "latent"])
-def test_events_one_at_a_time_equal_the_longer_history_at_once(mixer):
-    model, draw = model_of(mixer=mixer), np.random.default_rng(1)
+@EVERY_MIXER
+def test_events_one_at_a_time_equal_the_longer_history_at_once(kind):
+    model, draw = model_of(kind), np.random.default_rng(1)
     states, known = online.read(model, []), {}
     for user in draw.choice([0, 3, 10**12, -5, 8, 21, 34], 60):
         item = int(draw.integers(1, ITEMS + 1))
@@ -177,9 +206,10 @@ def test_every_user_has_one_history(model, histories, users, complaint):
         online.read(model, histories, users)
 
 
+@pytest.mark.parametrize("kind", [*MIXERS, "bias, temperature"])
 @pytest.mark.parametrize("count", [5, ITEMS + 3])
-def test_recommendations_are_those_of_reading_again(counting, count):
-    model = model_of(dtype=torch.float32)
+def test_recommendations_are_those_of_reading_again(counting, count, kind):
+    model = model_of(kind)
     users, ends = np.arange(counting.user_count), counting.offsets[1:]
     histories = [counting.history(user, end) for user, end in zip(users, ends, strict=True)]
     states = online.read(model, histories)
@@ -201,9 +231,9 @@ def test_bad_questions_are_refused(model, histories, users, exclude, complaint):
         online.recommend(model, states, users, 3, exclude)
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "latent"])
-def test_saved_states_go_on_where_they_were_and_the_file_does_not_change(mixer, histories, tmp_path):
-    model, path = model_of(mixer=mixer), tmp_path / "states.safetensors"
+@EVERY_MIXER
+def test_saved_states_go_on_where_they_were_and_the_file_does_not_change(kind, histories, tmp_path):
+    model, path = model_of(kind), tmp_path / "states.safetensors"
     states = online.read(model, histories)
     online.update(model, states, [70], [1])  # spare rows, which are not saved
     online.save(states, path)

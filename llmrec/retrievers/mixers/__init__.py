@@ -46,7 +46,11 @@ def check_steps(model: SequenceModel) -> None:
         problem = f"mixer {model.mixer.name} reads all earlier events again at every step"
     elif model.positions:
         problem = "with model.positions every new event moves all others to another position"
+    elif model.repeat_bias:
+        problem = "with model.repeat_bias scores depend on every item of the history"
     else:
         return
     able = ", ".join(name for name, mixer in MIXERS.items() if mixer.STEPS)
-    raise UserError(f"{problem}, so there is no state to keep: take a mixer that has one ({able}) and model.positions false")
+    raise UserError(
+        f"{problem}, so there is no state to keep: take a mixer that has one ({able}), model.positions and model.repeat_bias false"
+    )
