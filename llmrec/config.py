@@ -127,8 +127,8 @@ class SequenceModel:
     dim: int = 64
     layers: int = 1
     feed_forward: Literal["gelu", "relu", "swiglu", "gated", "none"] = "gelu"
-    """gelu, relu: two linear layers; swiglu: three without bias; gated: arXiv 2504.07398's equation 11 read literally, all of them as wide as
-    the model; none: the mixer alone."""
+    """gelu, relu: two linear layers; swiglu: three without bias; gated: arXiv 2504.07398's equation 11 read literally, all three as
+    wide as the model; none: the mixer alone."""
     inner: int = 256
     """Width of the feed-forward layer."""
     norm: Literal["post", "pre", "none"] = "post"

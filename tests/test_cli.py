@@ -53,7 +53,7 @@ def test_an_unknown_key_in_a_recipe_names_the_file(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["prepare", "--dataset", "ml-100"], "unknown dataset 'ml-100': did you mean ml-100k?"),
-        (["retrieve", "--retriever", "mamba4rec"], "did you mean 2mamba4rec?"),
+        (["retrieve", "--retriever", "2mamba4re"], "did you mean 2mamba4rec?"),
         (["retreive"], "did you mean retrieve?"),
         (["retrieve", "--training.batch", "many"], "training.batch"),
         (["prepare", "--dataset", "no/such.yaml"], "no/such.yaml: no such file"),

@@ -79,8 +79,8 @@ class SequenceModel(nn.Module):
 
     def __init__(self, model: config.SequenceModel, item_count: int, max_length: int):
         super().__init__()
-        if model.norm == "none" and model.feed_forward != "none":
-            raise UserError(f"model.norm none is the bare mixer: set model.feed_forward none, not {model.feed_forward}")
+        if model.norm == "none" and (model.feed_forward != "none" or model.residual):
+            raise UserError("model.norm none is the bare mixer: set model.feed_forward none and model.residual false, or another norm")
         self.config = model
         self.items = nn.Embedding(item_count + 1, model.dim, padding_idx=0)
         self.positions = nn.Embedding(max_length, model.dim) if model.positions else None

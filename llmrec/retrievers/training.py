@@ -194,7 +194,9 @@ def _loss(model: SequenceModel, inputs: Tensor, targets: Tensor, training: confi
         return losses.full_softmax(vectors, model.item_vectors(), targets, seen, model.repeat_bias)
     last = model.items.num_embeddings
     if training.loss == "bce":
-        return losses.bce(vectors, model.item_vectors(targets), model.item_vectors(torch.randint_like(targets, 1, last)))
+        others = torch.randint_like(targets, 1, last - 1)
+        others += others >= targets  # all items but the target
+        return losses.bce(vectors, model.item_vectors(targets), model.item_vectors(others))
     ids = torch.randint(1, last, (training.negatives,), device=targets.device)
     sampled = vectors, model.item_vectors(targets), model.item_vectors(ids), targets, ids
     if training.loss == "gbce":

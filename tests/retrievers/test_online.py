@@ -28,7 +28,7 @@ MIXERS = {
     "mamba": {"mixer": Mixer("mamba", d_state=4)},
     "mamba2": {"mixer": Mixer("mamba2", **SMALL)},
     "latent_mamba": {"mixer": Mixer("latent_mamba", heads=2, d_latent=4, **SMALL), "norm": "pre", "norm_kind": "rms", "temperature": 0.1},
-    "gru": {"mixer": Mixer("gru", hidden=12), "norm": "none", "feed_forward": "none"},
+    "gru": {"mixer": Mixer("gru", hidden=12), "residual": False, "norm": "none", "feed_forward": "none"},
     "lru": {"mixer": Mixer("lru", hidden=12), "item_bias": True},
 }
 SKELETONS = {
@@ -123,12 +123,12 @@ def test_padding_leaves_states_as_they_are(kind):
 
 
 @pytest.mark.parametrize(
-    ("mixer", "positions", "problem"),
-    [(name, False, f"mixer {name}") for name in ("attention", "hydra", "hstu", "gated_mamba_attention")]
-    + [("mamba2", True, "model.positions")],
+    ("mixer", "sizes", "problem"),
+    [(name, {}, f"mixer {name}") for name in ("attention", "hydra", "hstu", "gated_mamba_attention")]
+    + [("mamba2", {option: True}, f"model.{option}") for option in ("positions", "repeat_bias")],
 )
-def test_models_without_a_state_say_which_have_one(mixer, positions, problem):
-    model = model_of(mixer, positions=positions)
+def test_models_without_a_state_say_which_have_one(mixer, sizes, problem):
+    model = model_of(mixer, **sizes)
     items = torch.tensor([1])
     for attempt in (lambda: model.initial_states(1), lambda: model.read(items[None]), lambda: model.step([None, None], items)):
         with pytest.raises(UserError, match=rf"{problem} .*\(gru, lru, mamba, mamba2, latent_mamba\)"):

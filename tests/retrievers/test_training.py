@@ -79,7 +79,7 @@ REPEATED = [
 def test_a_killed_training_ends_with_the_same_weights(name, settings, counting, tmp_path, monkeypatch):
     whole, expected = fit(name, counting, tmp_path / "whole", **settings)
     again, _ = fit(name, counting, tmp_path / "again", **settings)
-    real, calls = training._epoch, []
+    real, calls = training.train_epoch, []
 
     def killed(*arguments):
         calls.append(1)
@@ -87,10 +87,10 @@ def test_a_killed_training_ends_with_the_same_weights(name, settings, counting, 
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(training, "_epoch", killed)
+    monkeypatch.setattr(training, "train_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
         fit(name, counting, tmp_path / "killed", **settings)
-    monkeypatch.setattr(training, "_epoch", real)
+    monkeypatch.setattr(training, "train_epoch", real)
     resumed, progress = fit(name, counting, tmp_path / "killed", **settings)
     assert progress.log == expected.log
     assert_same_weights(whole, again)
@@ -171,14 +171,14 @@ def test_cosine_is_warmed_up_too():
 
 
 def test_a_cosine_leaves_the_weights_almost_alone_in_the_end(counting, tmp_path, monkeypatch):
-    real, weights = training._epoch, []
+    real, weights = training.train_epoch, []
 
     def watched(model, *arguments):
         loss = real(model, *arguments)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
         return loss
 
-    monkeypatch.setattr(training, "_epoch", watched)
+    monkeypatch.setattr(training, "train_epoch", watched)
     fit("mamba2", counting, tmp_path / "a", epochs=10, schedule="cosine")
     moves = [(after - before).norm() for before, after in pairwise(weights)]
     assert moves[-1] < 0.1 * moves[0]

@@ -27,8 +27,17 @@ MIXERS = {
 
 
 def build_mixer(model: SequenceModel, max_length: int) -> nn.Module:
-    """The mixer of one layer."""
-    return MIXERS[model.mixer.name].build(model, max_length)
+    """The mixer of one layer.
+
+    Raises:
+        UserError: when the recipe's sizes do not fit together.
+    """
+    if model.mixer.legacy_leak and model.mixer.name != "gated_mamba_attention":
+        raise UserError(f"model.mixer.legacy_leak belongs to gated_mamba_attention: leave it false for {model.mixer.name}")
+    try:
+        return MIXERS[model.mixer.name].build(model, max_length)
+    except ValueError as error:
+        raise UserError(f"model.mixer {model.mixer.name}: {error}") from error
 
 
 def is_causal(mixer: Mixer) -> bool:
