@@ -113,7 +113,7 @@ class Mixer:
     """mamba and its kin: how they start; mamba4rec draws every linear weight from N(0, .02), which in Mamba-1 also wipes out the small
     first steps."""
     dropout: float = 0.0
-    """attention: on its weights. On a CPU anything but 0 costs the fast kernel."""
+    """attention, gated_mamba_attention: on the attention weights. On a CPU anything but 0 costs the fast kernel."""
     legacy_leak: bool = False
     """gated_mamba_attention: let every position see the whole history, as the public code does. Metrics of validation and test stay
     honest, the training does not."""
@@ -134,15 +134,19 @@ class SequenceModel:
     norm: Literal["post", "pre", "none"] = "post"
     """post: after the residual sum (RecBole, Mamba4Rec); pre: before mixer and feed-forward, and at the end; none: GRU4Rec."""
     norm_kind: Literal["layer", "rms"] = "layer"
+    """LayerNorm or RMSNorm."""
     dropout: float = 0.2
     positions: bool = False
     """Learned position embeddings (SASRec)."""
+    scaled: bool = False
+    """Item embeddings times the root of dim before anything else (RecMamba)."""
     residual: bool = False
     """Residual around the mixer. Mamba4Rec has none when it has one layer."""
     item_bias: bool = False
     """A learned bias per item in the scores (LRURec)."""
     repeat_bias: bool = False
-    """One learned bias in the scores of all items that the history holds; with loss full_softmax."""
+    """One learned bias in the scores of all items among the last max_length events: a learned mask where nobody repeats; with loss
+    full_softmax."""
     temperature: float | None = None
     """Scores are cosines over this temperature (InfoNCE with loss sampled_softmax); null: plain products."""
 
@@ -155,7 +159,7 @@ class Training:
     """Events of history the model sees."""
     loss: Literal["full_softmax", "sampled_softmax", "gbce", "bce"] = "full_softmax"
     """full_softmax: cross-entropy over all items; sampled_softmax: over the target and the negatives; gbce: gSASRec's, with the same
-    negatives; bce: one negative per target, the published SASRec's and RecMamba's."""
+    negatives; bce: one negative per target, as the first SASRec."""
     negatives: int = 256
     """sampled_softmax, gbce: uniform negatives, shared by all targets of a step."""
     calibration: float = 0.75

@@ -38,7 +38,7 @@ class Ranked:
 
 
 def _check(scores: Tensor, users: np.ndarray) -> None:
-    bad = ~torch.isfinite(scores.sum(1))  # a sum of finite scores is finite, one with NaN or infinities in it never
+    bad = ~torch.isfinite(scores.sum(1))  # NaN and infinities stay in a sum; one that overflows is as useless
     if bad.any():
         raise UserError(f"the retriever's scores of user {users[int(bad.nonzero()[0])]} are not finite: lower training.learning_rate")
 
@@ -127,9 +127,6 @@ def top_items(scorer: Scorer, sequences: Sequences, users: np.ndarray, ends: np.
     return found
 
 
-def rows_per_batch(item_count: int, budget_mb: int = 96) -> int:
-    """How many rows of full-catalogue scores fit in a budget (three float32 copies live at once).
-
-    At least 32, 384 MB with a million items: fewer would read the whole table of item vectors for next to nothing.
-    """
-    return max(32, min(1024, budget_mb * 2**20 // (12 * item_count)))
+def rows_per_batch(item_count: int, budget_mb: int = 384) -> int:
+    """How many rows of full-catalogue scores fit in a budget (three float32 copies live at once); more than 256 are no faster."""
+    return max(1, min(256, budget_mb * 2**20 // (12 * item_count)))

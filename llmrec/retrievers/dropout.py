@@ -14,11 +14,16 @@ class Dropout(nn.Module):
     from every 64-bit draw took a thirtieth of that. On other devices this is torch's dropout.
 
     Args:
-        p: probability, 0 to 1 exclusive.
+        p: probability, 0 to 1.
+
+    Raises:
+        ValueError: for another probability.
     """
 
     def __init__(self, p: float):
         super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout is {p}: it must be at least 0 and below 1")
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""The feed-forward layer after a mixer, in the papers' versions. Residual, dropout and norms are the skeleton's."""
+"""The feed-forward layer after a mixer, in the papers' versions. Residual, dropout and norms are the skeleton's.
+
+Mamba4Rec and LRURec also have dropout after the activation. Here as in RecBole's SASRec there is none: at four times the
+width it would draw more random numbers than the rest of the model.
+"""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             h, y = vectors[rows], answers[rows]
             logits = h @ items.T
             if seen is not None and bias is not None:
-                columns, counts = seen.items(rows)
-                logits.scatter_add_(1, columns, (counts * bias).to(logits.dtype))
+                columns, there = seen.items(rows)
+                logits.scatter_add_(1, columns, (there * bias).to(logits.dtype))
             shares = logits.softmax(1)
             # logsumexp is the largest logit minus the log of its share: no second pass of exp, and never the log of 0.
             losses[rows] = logits.amax(1, keepdim=True) - logits.gather(1, y) - shares.amax(1, keepdim=True).log()
@@ -42,7 +42,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.mm(gradient, items, out=vector_gradient[rows])
             table_gradient[1:].addmm_(gradient.T, h)
             if seen is not None and bias_gradient is not None:
-                bias_gradient += (gradient.gather(1, columns) * counts).sum() / len(vectors)
+                bias_gradient += (gradient.gather(1, columns) * there).sum() / len(vectors)
         ctx.save_for_backward(vector_gradient.div_(len(vectors)), table_gradient.div_(len(vectors)), bias_gradient)
         return losses.mean()
 
@@ -54,20 +54,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return vector_gradient * outer[0], table_gradient * outer[0], None, None, of_bias
 
 
-def full_softmax(vectors: Tensor, table: Tensor, targets: Tensor, seen: Seen | None = None, bias: Tensor | None = None) -> Tensor:
+def full_softmax(vectors: Tensor, table: Tensor, targets: Tensor, repeats: tuple[Seen, Tensor] | None = None) -> Tensor:
     """Mean cross-entropy of the next item over all items.
 
     Args:
         vectors: (positions, dim).
         table: item embeddings, (items + 1, dim); row 0 is padding and never an answer.
         targets: (positions,) int64, 1..items.
-        seen: which items the positions have behind them.
-        bias: of the logits of those, a scalar.
+        repeats: the items that the positions have behind them, and the bias of their logits, a scalar.
 
     Returns:
-        A scalar; differentiable once, with respect to vectors, table and bias.
+        A scalar; differentiable once, with respect to vectors, table and the bias.
     """
-    return _ChunkedCrossEntropy.apply(vectors, table, targets, seen, bias)
+    return _ChunkedCrossEntropy.apply(vectors, table, targets, *(repeats or (None, None)))
 
 
 def sampled_softmax(vectors: Tensor, positives: Tensor, negatives: Tensor, targets: Tensor, negative_ids: Tensor) -> Tensor:
@@ -129,7 +128,7 @@ def bce(vectors: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
     Args:
         vectors: (positions, dim).
         positives: embedding rows of the targets, (positions, dim).
-        negatives: embedding rows of the sampled items, (positions, dim).
+        negatives: embedding rows of other items, (positions, dim); published from outside the user's history.
 
     Returns:
         The mean of -log sigmoid(s+) - log(1 - sigmoid(s-)), a scalar.

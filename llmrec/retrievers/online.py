@@ -38,7 +38,7 @@ class UserStates:
     Attributes:
         rows: user -> row of the tensors; 0, 1, ... in this order.
         layers: one state per layer of the model: a (nested) tuple of tensors, (rows, ...).
-        hidden: the model's vector after each user's last event, (rows, width); its products with the item embeddings score
+        hidden: the model's vector after each user's last event, (rows, width); its products with the item vectors score
             the next item.
         weights: fingerprint of the weights that made them.
     """
@@ -111,6 +111,7 @@ def update(model: SequenceModel, states: UserStates, users: ArrayLike, items: Ar
     states.rows.update(added)
 
 
+@torch.inference_mode()
 def recommend(
     model: SequenceModel, states: UserStates, users: ArrayLike, count: int, exclude: Sequence[ArrayLike] | None = None
 ) -> np.ndarray:

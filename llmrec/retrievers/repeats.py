@@ -1,7 +1,7 @@
 """Items that a history already holds: a learned bias in their scores.
 
 People hardly rate a film twice but do play a song again, and a history of 200 items does not fit into a vector of 64
-numbers. One learned number says what the model otherwise has to learn item by item (after the repeat and explore modes of
+numbers. Where nobody repeats, the bias becomes a mask over the window that the model sees. One learned number says what the model otherwise has to learn item by item (after the repeat and explore modes of
 RepeatNet, arXiv 1812.02646). No item is ruled out, as masking would.
 """
 
@@ -39,10 +39,10 @@ class Seen:
         """The items seen by some positions.
 
         Returns:
-            Columns of a table of scores without padding (item - 1), (positions, length) int64; and whether they count, 1 or 0:
-            each item once, (positions, length) float32.
+            Columns of a table of scores without padding (item - 1), (positions, length) int64; and 1 where there is such an item,
+            each once, else 0, (positions, length) float32.
         """
         rows = self.row[part]
         columns = torch.arange(self.histories.shape[1], device=rows.device)
-        counts = self.first[rows] & (columns <= self.column[part, None])
-        return (self.histories[rows] - 1).clamp(min=0), counts.float()
+        there = self.first[rows] & (columns <= self.column[part, None])
+        return (self.histories[rows] - 1).clamp(min=0), there.float()

@@ -31,7 +31,7 @@ class Layer(nn.Module):
         super().__init__()
         self.mixer: Any = build_mixer(model, max_length)
         self.feed_forward = feed_forward.build(model)
-        self.causal, self.residual, self.norm = is_causal(model.mixer), model.residual, model.norm
+        self.causal, self.residual, self.norm_place = is_causal(model.mixer), model.residual, model.norm
         self.dropout = Dropout(model.dropout)
         self.mixer_norm = nn.Identity() if first and model.norm == "pre" else build_norm(model)
         self.feed_forward_norm = nn.Identity() if self.feed_forward is None else build_norm(model)
@@ -52,14 +52,14 @@ class Layer(nn.Module):
         return self._after(x, mixed), state
 
     def _before(self, x: Tensor) -> Tensor:
-        return self.mixer_norm(x) if self.norm == "pre" else x
+        return self.mixer_norm(x) if self.norm_place == "pre" else x
 
     def _after(self, x: Tensor, mixed: Tensor) -> Tensor:
-        if self.norm == "none":
+        if self.norm_place == "none":
             return mixed  # the bare mixer: GRU4Rec
         mixed = self.dropout(mixed)
         x = mixed + x if self.residual else mixed
-        if self.norm == "pre":
+        if self.norm_place == "pre":
             return x if self.feed_forward is None else x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         x = self.mixer_norm(x)
         return x if self.feed_forward is None else self.feed_forward_norm(self.dropout(self.feed_forward(x)) + x)
@@ -94,7 +94,7 @@ class SequenceModel(nn.Module):
             self.items.weight[0].zero_()
         self.dropout = Dropout(model.dropout)
         self.norm = build_norm(model)
-        # cosines do not depend on the length of a vector
+        # HSTU and arXiv 2504.07398, which score by cosines, have no other norm at the end
         self.last_norm = build_norm(model) if model.norm == "pre" and model.temperature is None else nn.Identity()
         layers = nn.ModuleList(Layer(model, max_length, first=number == 0) for number in range(model.layers))
         self.layers: Iterable[Layer] = layers  # type: ignore[assignment]  # a ModuleList does not say of what
@@ -128,6 +128,8 @@ class SequenceModel(nn.Module):
 
     def _embed(self, history: Tensor) -> Tensor:
         x = self.items(history)
+        if self.config.scaled:
+            x = x * self.config.dim**0.5
         if self.positions is not None:
             x = x + self.positions.weight[: history.shape[-1]]
         return self.norm(self.dropout(x))

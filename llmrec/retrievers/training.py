@@ -29,6 +29,7 @@ from llmrec.retrievers.mixers import is_causal
 from llmrec.retrievers.repeats import Seen
 from llmrec.retrievers.sequence_model import SequenceModel
 
+AT_LEAST_ONE = ("max_length", "negatives", "batch", "epochs", "patience", "validate_every", "prefixes_per_user")
 FORWARD = 32  # histories per forward pass when scoring; bounds the memory of the mixers
 
 
@@ -49,8 +50,8 @@ class SequenceScorer:
             lengths = (rows > 0).sum(1)
             scores = self.model.last(rows, lengths) @ self._table.T
             if self.model.repeat_bias is not None:
-                columns, counts = Seen.at(rows, torch.arange(len(rows), device=rows.device), lengths - 1).items()
-                scores.scatter_add_(1, columns, counts * self.model.repeat_bias)
+                columns, there = Seen.at(rows, torch.arange(len(rows), device=rows.device), lengths - 1).items()
+                scores.scatter_add_(1, columns, (there * self.model.repeat_bias).to(scores.dtype))
             found.append(scores)
         return torch.cat(found)
 
@@ -93,11 +94,9 @@ def train(
         The last epoch, the best one, and one log row per epoch.
 
     Raises:
-        UserError: when the loss is not finite, or a mixer that sees the future would be trained on all positions.
+        UserError: when the loss is not finite; and as `check`.
     """
-    check_windows(model.config.mixer, training)
-    if model.config.repeat_bias and training.loss != "full_softmax":
-        raise UserError(f"model.repeat_bias needs training.loss full_softmax, not {training.loss}")
+    check(model.config, training)
     optimiser = optimiser_of(model, training)
     progress = _resume(model, optimiser, checkpoints)
     batch = rows_per_batch(sequences.item_count)
@@ -122,22 +121,49 @@ def train(
     return progress
 
 
-def check_windows(mixer: config.Mixer, training: config.Training) -> None:
-    """Make sure that no training position sees its own target.
+def check(model: config.SequenceModel, training: config.Training) -> None:
+    """Make sure that these settings can train and go together, before anything has been trained.
 
     Raises:
-        UserError: for a mixer that sees the future and windows whose every position is a target.
+        UserError: for a number out of range, a mixer that sees the future under windows whose every position is a target, or a
+            repeat bias under a sampled loss.
     """
-    if not is_causal(mixer) and not mixer.legacy_leak and training.windows != "prefixes":
+    at_least_one = {f"training.{name}": vars(training)[name] for name in AT_LEAST_ONE}
+    at_least_one |= {"model.dim": model.dim, "model.layers": model.layers, "model.inner": model.inner}
+    at_least_one |= {
+        f"model.mixer.{name}": vars(model.mixer)[name] for name in ("heads", "hidden", "d_state", "headdim", "d_conv", "expand", "chunk")
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+    ranges = {
+        "model.dropout": 0 <= model.dropout < 1,
+        "model.mixer.dropout": 0 <= model.mixer.dropout < 1,
+        "training.calibration": 0 <= training.calibration <= 1,
+    }
+    for name, holds in ranges.items():
+        if not holds:
+            raise UserError(f"{name} must be from 0 to 1 (dropout: below 1)")
+    if model.temperature is not None and model.temperature <= 0:
+        raise UserError(f"model.temperature is {model.temperature}: it must be above 0 (.05 to .1 is usual), or null")
+    if not is_causal(model.mixer) and not model.mixer.legacy_leak and training.windows != "prefixes":
         raise UserError(
-            f"mixer {mixer.name} sees the future of every position: trained on all positions at once it would look the next item up and "
-            "learn nothing else. Set training.windows prefixes: one target per prefix, which ends before it"
+            f"mixer {model.mixer.name} sees the future of every position: trained on all positions at once it would look the next item up "
+            "and learn nothing else. Set training.windows prefixes: one target per prefix, which ends before it"
         )
+    if model.repeat_bias and training.loss != "full_softmax":
+        raise UserError(f"model.repeat_bias needs training.loss full_softmax, not {training.loss}")
 
 
 def optimiser_of(model: SequenceModel, training: config.Training) -> torch.optim.AdamW:
-    """AdamW over all parameters, in one kernel."""
-    return torch.optim.AdamW(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
+    """AdamW in one kernel; matrices decay, but for Mamba's A, whose decay would change what the state forgets (as mamba-ssm)."""
+    named = list(model.named_parameters())
+    matrices = [tensor.ndim >= 2 and not name.endswith("A_log") for name, tensor in named]
+    groups = [
+        {"params": [tensor for (_, tensor), is_matrix in zip(named, matrices, strict=True) if is_matrix == decays], "weight_decay": decay}
+        for decays, decay in ((True, training.weight_decay), (False, 0.0))
+    ]
+    return torch.optim.AdamW(groups, lr=training.learning_rate, fused=True)
 
 
 def train_epoch(
@@ -190,17 +216,17 @@ def _loss(model: SequenceModel, inputs: Tensor, targets: Tensor, training: confi
     row, column = targets.nonzero().unbind(1)
     vectors, targets = model(inputs).flatten(0, 1).index_select(0, row * inputs.shape[1] + column), targets[row, column]
     if training.loss == "full_softmax":
-        seen = None if model.repeat_bias is None else Seen.at(inputs, row, column)
-        return losses.full_softmax(vectors, model.item_vectors(), targets, seen, model.repeat_bias)
-    last = model.items.num_embeddings
+        repeats = None if model.repeat_bias is None else (Seen.at(inputs, row, column), model.repeat_bias)
+        return losses.full_softmax(vectors, model.item_vectors(), targets, repeats)
+    stop = model.items.num_embeddings
     if training.loss == "bce":
-        others = torch.randint_like(targets, 1, last - 1)
+        others = torch.randint_like(targets, 1, stop - 1)
         others += others >= targets  # all items but the target
         return losses.bce(vectors, model.item_vectors(targets), model.item_vectors(others))
-    ids = torch.randint(1, last, (training.negatives,), device=targets.device)
+    ids = torch.randint(1, stop, (training.negatives,), device=targets.device)
     sampled = vectors, model.item_vectors(targets), model.item_vectors(ids), targets, ids
     if training.loss == "gbce":
-        return losses.gbce(*sampled, last - 1, training.calibration)
+        return losses.gbce(*sampled, stop - 1, training.calibration)
     return losses.sampled_softmax(*sampled)
 
 

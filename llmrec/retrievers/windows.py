@@ -19,7 +19,7 @@ def cut(sequences: Sequences, training: Training, random: np.random.Generator) -
         sequences: all users.
         training: `windows` says which pieces:
             all: the whole history, in pieces from its latest end; their borders move by a random amount, so that every
-            epoch has other left edges. Every position but a piece's first is a target once.
+            epoch has other left edges. Every event but a history's first is a target once.
             last: the latest piece alone.
             prefixes: up to `prefixes_per_user` different prefixes of each user, whose last item is the one target.
         random: of the borders and prefixes.

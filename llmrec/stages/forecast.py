@@ -21,8 +21,7 @@ BACKWARD = 1.6  # a backward pass over a forward pass, with LoRA
 # Share of the measured matrix speed that the work reaches: a retriever's softmax, a language model's forward pass.
 REACHED = {"softmax": 0.67, "language model": 0.69}
 # A retriever's layer of width 64, whose time is not its products': it takes that of a softmax with so many products per event.
-LAYER = {"attention": 110_000, "hstu": 110_000, "gru": 110_000, "lru": 110_000}
-MAMBA_LAYER = 200_000  # all others
+LAYER, MAMBA_LAYER = 110_000, 200_000
 PROCESS_MB = 600  # Python, torch and transformers themselves
 
 
@@ -74,7 +73,7 @@ def _retrieve(config: Config, events: int, users: int, items: int) -> Forecast:
     model, training = config.model, config.training
     positions, targets = _trained(training, events, users)
     compared = {"full_softmax": items, "bce": 2}.get(training.loss, training.negatives)
-    layer = LAYER.get(model.mixer.name, MAMBA_LAYER) * (model.dim / 64) ** 2
+    layer = (LAYER if model.mixer.name in ("attention", "hstu", "gru", "lru") else MAMBA_LAYER) * (model.dim / 64) ** 2
     products = positions * model.layers * layer + targets * compared * model.dim
     epoch = 6 * products / (_speed("float32") * REACHED["softmax"])  # forward and twice that backward, two operations each
     return Forecast(8 + min(EPOCHS, training.epochs) * epoch, memory + training.batch * training.max_length / 12, disk)

@@ -27,9 +27,11 @@ def retrieve(run: Run) -> None:
     """
     from safetensors.torch import save_file
 
-    from llmrec.retrievers import candidates
+    from llmrec.retrievers import candidates, training
 
     config = run.config
+    if config.retrieval.kind == "sequence":
+        training.check(config.model, config.training)
     if config.retrieval.keep_states:
         _check_states(config)
     sequences = load_sequences(run.input("prepare"))
@@ -75,7 +77,7 @@ def _train(config: Config, sequences: Sequences, run: Run) -> tuple[Any, dict[st
     begun = time.perf_counter()
     if config.retrieval.kind == "sequence":
         if config.model.mixer.legacy_leak:
-            say("model.mixer.legacy_leak: every training position sees its own target, as in the public code; not for results")
+            say("model.mixer.legacy_leak: training positions see their own targets, as in the public code; not for results")
         model = sequence_model(config, sequences.item_count)
         progress = training.train(model, sequences, config.training, sequences.cases("valid"), run.checkpoints, config.seed)
         say(f"best epoch {progress.best_epoch} of {progress.epoch}, {progress.seconds / progress.epoch:.1f} s per epoch")

@@ -4,7 +4,8 @@
     A = SiLU(q k^T + r) / n                causal; r is learned per distance, n is max_length
     y = Linear(LayerNorm(A v) * u)
 
-The norm before the layer and the residual around it are the skeleton's. The paper's bias by elapsed time is left out: the
+The norm before the layer, the residual around it and its dropout (here after the last projection, there before it) are the
+skeleton's. The paper's bias by elapsed time is left out: the
 histories carry no times.
 """
 
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from llmrec.config import SequenceModel
 from llmrec.errors import UserError
-from llmrec.retrievers.dropout import Dropout
 
 CAUSAL = True
 STEPS = False
@@ -34,13 +34,12 @@ class HSTU(nn.Module):
         dim: width; a multiple of heads.
         heads: number of heads; u, v, q and k have dim / heads channels in each.
         max_length: longest history, and the n of the formula.
-        dropout: on the input of the last projection.
 
     Raises:
         UserError: when dim is not a multiple of heads.
     """
 
-    def __init__(self, dim: int, heads: int, max_length: int, dropout: float):
+    def __init__(self, dim: int, heads: int, max_length: int):
         super().__init__()
         if dim % heads:
             raise UserError(f"model.dim {dim} is not a multiple of model.mixer.heads {heads}")
@@ -48,7 +47,6 @@ class HSTU(nn.Module):
         self.uvqk = nn.Linear(dim, 4 * dim, bias=False)
         self.rel_pos = nn.Parameter(self.uvqk.weight.new_empty(max_length))
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.dropout = Dropout(dropout)
         self.out = nn.Linear(dim, dim)
         nn.init.normal_(self.uvqk.weight, std=0.02)
         nn.init.normal_(self.rel_pos, std=0.02)
@@ -69,7 +67,7 @@ class HSTU(nn.Module):
         # (batch, heads, length, length) is large: in place wherever the gradient does not need what was there
         weights = F.silu((q @ k.mT).add_(self._bias(length))).mul_(causal)
         mixed = (weights @ v).transpose(1, 2).reshape(batch, length, dim)
-        return self.out(self.dropout(self.norm(mixed) * u))
+        return self.out(self.norm(mixed) * u)
 
     def _bias(self, length: int) -> Tensor:
         """rel_pos[i - j] at (i, j), and zeros above the diagonal."""
@@ -79,4 +77,4 @@ class HSTU(nn.Module):
 
 def build(model: SequenceModel, max_length: int) -> HSTU:
     """The layer with the recipe's sizes."""
-    return HSTU(model.dim, model.mixer.heads, max_length, model.dropout)
+    return HSTU(model.dim, model.mixer.heads, max_length)
