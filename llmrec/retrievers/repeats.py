@@ -1,8 +1,9 @@
 """Items that a history already holds: a learned bias in their scores.
 
 People hardly rate a film twice but do play a song again, and a history of 200 items does not fit into a vector of 64
-numbers. Where nobody repeats, the bias becomes a mask over the window that the model sees. One learned number says what the model otherwise has to learn item by item (after the repeat and explore modes of
-RepeatNet, arXiv 1812.02646). No item is ruled out, as masking would.
+numbers: what the model has to learn item by item, one number says (after the repeat and explore modes of RepeatNet, arXiv
+1812.02646). Where nobody repeats it becomes a mask over the window that the model sees, so that metrics with and without
+the history masked come out alike; read both.
 """
 
 from __future__ import annotations
