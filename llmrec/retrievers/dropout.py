@@ -14,7 +14,7 @@ class Dropout(nn.Module):
     from every 64-bit draw took a thirtieth of that. On other devices this is torch's dropout.
 
     Args:
-        p: probability, 0 to 1.
+        p: probability, at least 0 and below 1.
 
     Raises:
         ValueError: for another probability.

@@ -34,7 +34,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = h @ items.T
             if seen is not None and bias is not None:
                 columns, there = seen.items(rows)
-                logits.scatter_add_(1, columns, (there * bias).to(logits.dtype))
+                logits.scatter_add_(1, columns, there.to(logits.dtype) * bias)
             shares = logits.softmax(1)
             # logsumexp is the largest logit minus the log of its share: no second pass of exp, and never the log of 0.
             losses[rows] = logits.amax(1, keepdim=True) - logits.gather(1, y) - shares.amax(1, keepdim=True).log()

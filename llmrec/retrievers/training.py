@@ -51,7 +51,7 @@ class SequenceScorer:
             scores = self.model.last(rows, lengths) @ self._table.T
             if self.model.repeat_bias is not None:
                 columns, there = Seen.at(rows, torch.arange(len(rows), device=rows.device), lengths - 1).items()
-                scores.scatter_add_(1, columns, (there * self.model.repeat_bias).to(scores.dtype))
+                scores.scatter_add_(1, columns, there.to(scores.dtype) * self.model.repeat_bias)
             found.append(scores)
         return torch.cat(found)
 
@@ -129,6 +129,8 @@ def check(model: config.SequenceModel, training: config.Training) -> None:
             repeat bias under a sampled loss.
     """
     at_least_one = {f"training.{name}": vars(training)[name] for name in AT_LEAST_ONE}
+    if model.mixer.d_latent is not None:
+        at_least_one["model.mixer.d_latent"] = model.mixer.d_latent
     at_least_one |= {"model.dim": model.dim, "model.layers": model.layers, "model.inner": model.inner}
     at_least_one |= {
         f"model.mixer.{name}": vars(model.mixer)[name] for name in ("heads", "hidden", "d_state", "headdim", "d_conv", "expand", "chunk")
@@ -144,7 +146,12 @@ def check(model: config.SequenceModel, training: config.Training) -> None:
     for name, holds in ranges.items():
         if not holds:
             raise UserError(f"{name} must be from 0 to 1 (dropout: below 1)")
-    if model.temperature is not None and model.temperature <= 0:
+    for name in ("learning_rate", "weight_decay", "warmup"):
+        if not vars(training)[name] >= 0:
+            raise UserError(f"training.{name} is {vars(training)[name]}: it must be at least 0")
+    if not training.gradient_clip > 0:
+        raise UserError(f"training.gradient_clip is {training.gradient_clip}: it must be above 0")
+    if model.temperature is not None and not model.temperature > 0:
         raise UserError(f"model.temperature is {model.temperature}: it must be above 0 (.05 to .1 is usual), or null")
     if not is_causal(model.mixer) and not model.mixer.legacy_leak and training.windows != "prefixes":
         raise UserError(
@@ -156,13 +163,11 @@ def check(model: config.SequenceModel, training: config.Training) -> None:
 
 
 def optimiser_of(model: SequenceModel, training: config.Training) -> torch.optim.AdamW:
-    """AdamW in one kernel; matrices decay, but for Mamba's A, whose decay would change what the state forgets (as mamba-ssm)."""
-    named = list(model.named_parameters())
-    matrices = [tensor.ndim >= 2 and not name.endswith("A_log") for name, tensor in named]
-    groups = [
-        {"params": [tensor for (_, tensor), is_matrix in zip(named, matrices, strict=True) if is_matrix == decays], "weight_decay": decay}
-        for decays, decay in ((True, training.weight_decay), (False, 0.0))
-    ]
+    """AdamW in one kernel; matrices decay, but no biases, norms, and numbers that say how fast a state forgets (as in mamba-ssm)."""
+    matrices = {name for name, tensor in model.named_parameters() if "weight" in name and tensor.ndim >= 2}
+    decaying = [tensor for name, tensor in model.named_parameters() if name in matrices]
+    others = [tensor for name, tensor in model.named_parameters() if name not in matrices]
+    groups = [{"params": decaying, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=training.learning_rate, fused=True)
 
 
@@ -239,8 +244,8 @@ def _save(path: Path, tensors: dict[str, Tensor], note: str = "") -> None:
 def _checkpoint(model: SequenceModel, optimiser: torch.optim.Optimizer, progress: Progress, folder: Path) -> None:
     """One file, replaced at once: weights, optimiser and where the training stands belong together."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{name}": tensor for name, tensor in state.items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {f"optimiser.{key}.{name}": tensor for key, tensor in optimiser.state[parameter].items()}
     _save(folder / "last.safetensors", tensors, json.dumps(vars(progress)))
 
 
@@ -250,12 +255,11 @@ def _resume(model: SequenceModel, optimiser: torch.optim.Optimizer, folder: Path
         return Progress()
     tensors = load_file(path)
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimiser."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    parameters = dict(model.named_parameters())
+    for entry, tensor in tensors.items():
+        if entry.startswith("optimiser."):
+            _, key, name = entry.split(".", 2)
+            optimiser.state[parameters[name]][key] = tensor.to(parameters[name].device)
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:

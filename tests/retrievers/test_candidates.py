@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from llmrec.data.sequences import TEST, TRAIN, VALID, Sequences
 from llmrec.errors import UserError
-from llmrec.retrievers.candidates import rank, top_items
+from llmrec.retrievers.candidates import rank, rows_per_batch, top_items
 
 
 class Fixed:
@@ -50,10 +51,36 @@ def test_repeats_may_come_from_the_history(counting, scorer):
     assert (found.items > 0).all()
 
 
-def test_scores_that_are_no_numbers_are_an_error_naming_the_user(counting, scorer):
-    scorer.table[3, 4] = torch.nan
-    with pytest.raises(UserError, match="user 3 "):
+@pytest.mark.parametrize("repeats", [False, True])
+def test_targets_that_the_history_holds_keep_their_rank(repeats):
+    random = np.random.default_rng(0)
+    split = np.tile(np.array([TRAIN] * 13 + [VALID, TEST], dtype=np.int8), 50)
+    again = Sequences(np.arange(51) * 15, random.integers(1, 21, 750).astype(np.int32), np.ones(750, dtype=np.float32), split, 20)
+    table = random.integers(0, 6, (50, 20)).astype(np.float32)  # many ties
+    cases = again.cases("test")
+    found = rank(Fixed(torch.from_numpy(table)), again, cases, 20, repeats=repeats, batch=16)
+    held = 0
+    for at, (user, target, end) in enumerate(zip(cases.users, cases.targets, cases.ends, strict=True)):
+        history, own = again.history(user, end), table[user, target - 1]
+        held += target in history
+        others = np.arange(1, 21) != target
+        unseen = ~np.isin(np.arange(1, 21), history)
+        assert found.target_rank[at] == 1 + (table[user, others] >= own).sum()
+        assert found.target_rank_masked[at] == 1 + (table[user, others & unseen] >= own).sum()
+        listed = np.ones(20, dtype=bool) if repeats else unseen  # a repeated target is no candidate
+        items = found.items[at][found.items[at] > 0]
+        assert sorted(items) == (np.flatnonzero(listed) + 1).tolist()
+        assert found.scores[at, : len(items)].tolist() == table[user, items - 1].tolist() == sorted(table[user, listed], reverse=True)
+    assert 10 < held < 40
+
+
+@pytest.mark.parametrize("bad", [[torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf]], ids=str)
+def test_scores_that_are_no_numbers_are_an_error_naming_the_user(counting, scorer, bad):
+    scorer.table[37, 4 : 4 + len(bad)] = torch.tensor(bad)  # of a later batch, not its first
+    with pytest.raises(UserError, match="user 37 "):
         rank(scorer, counting, counting.cases("test"), 5, repeats=False, batch=16)
+    with pytest.raises(UserError, match="user 37 "):
+        top_items(scorer, counting, np.arange(60), counting.offsets[1:], 5, batch=16)
 
 
 def test_top_items_leave_the_history_out(counting, scorer):
@@ -63,3 +90,9 @@ def test_top_items_leave_the_history_out(counting, scorer):
         history = set(counting.history(user, end).tolist())
         assert set(row[row > 0].tolist()) == set(range(1, 31)) - history
         assert (row == 0).sum() == len(history)
+
+
+@pytest.mark.parametrize(("item_count", "rows"), [(1, 256), (131_072, 256), (1_000_000, 33), (100_000_000, 1)])
+def test_three_copies_of_a_batch_fit_in_the_budget(item_count, rows):
+    assert rows_per_batch(item_count) == rows
+    assert rows == 1 or 3 * 4 * rows * item_count <= 384 * 2**20

@@ -61,6 +61,12 @@ def test_the_seed_decides_and_two_calls_differ():
     assert not torch.equal(layer(x), layer(x))
 
 
+@pytest.mark.parametrize("p", [1, 1.5, 3, -0.1, float("nan")])
+def test_what_is_no_probability_is_refused(p):
+    with pytest.raises(ValueError, match=f"dropout is {p}"):
+        Dropout(p)
+
+
 @pytest.mark.parametrize("shape", [(0,), (1,), (7,), (8,), (9,), (3, 5, 17), (0, 4)])
 def test_any_number_of_numbers(shape):
     assert dropped_ones(0.3, shape).shape == shape

@@ -10,10 +10,10 @@ from llmrec.errors import UserError
 from llmrec.retrievers.mixers.hstu import HSTU, build
 
 
-def random_layer(dim=12, heads=3, max_length=9, dropout=0.0):
+def random_layer(dim=12, heads=3, max_length=9):
     """A float64 layer whose position bias is large enough to be seen."""
     torch.manual_seed(0)
-    layer = HSTU(dim, heads, max_length, dropout).double()
+    layer = HSTU(dim, heads, max_length).double()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_()
@@ -88,13 +88,6 @@ def test_the_scores_are_divided_by_max_length_and_not_by_the_length():
     assert (short(x) - long(x)).abs().max() > 1e-3  # only the norm's epsilon sees the scale
 
 
-def test_dropout_in_training_only():
-    layer, x = random_layer(dropout=0.5), inputs(6)
-    assert (layer(x) - layer(x)).abs().max() > 0.1
-    layer.eval()
-    assert_close(layer(x), layer(x), atol=0, rtol=0)
-
-
 def test_parameters_are_counted_by_hand():
     layer = build(SequenceModel(dim=64, mixer=Mixer(name="hstu", heads=2)), max_length=50)
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
@@ -104,7 +97,7 @@ def test_parameters_are_counted_by_hand():
 
 def test_starts_as_the_public_code():
     torch.manual_seed(0)
-    layer = HSTU(64, 2, 2000, 0.0)
+    layer = HSTU(64, 2, 2000)
     assert layer.uvqk.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert layer.rel_pos.std().item() == pytest.approx(0.02, rel=0.1)
     assert layer.out.weight.abs().max().item() == pytest.approx((6 / 128) ** 0.5, rel=0.01)  # xavier uniform
@@ -112,6 +105,6 @@ def test_starts_as_the_public_code():
 
 def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(UserError, match=r"model.dim 10 is not a multiple of model.mixer.heads 3"):
-        HSTU(10, 3, 9, 0.0)
+        HSTU(10, 3, 9)
     with pytest.raises(ValueError, match=r"10 positions is longer than max_length 9"):
         random_layer()(inputs(10))

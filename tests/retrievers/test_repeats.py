@@ -41,7 +41,7 @@ def test_the_loss_is_cross_entropy_of_scores_with_the_bias(monkeypatch, logits):
     table = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
     bias = torch.tensor(-1.5, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([3, 5, 8, 1, 2])
-    ours = losses.full_softmax(vectors, table, targets, Seen.at(HISTORIES, ROW, COLUMN), bias) * 3
+    ours = losses.full_softmax(vectors, table, targets, (Seen.at(HISTORIES, ROW, COLUMN), bias)) * 3
     expected = F.cross_entropy(vectors @ table[1:].T + bias * held(8), targets - 1) * 3
     assert_close(ours, expected)
     leaves = (vectors, table, bias)
@@ -60,6 +60,20 @@ def test_scores_have_it_once_for_every_item_of_the_window():
     expected = torch.zeros(1, 30)
     expected[0, :8] = -3
     assert_close(change, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.1, "item_bias": True}], ids=["products", "cosines"])
+def test_scores_in_float64_are_products_and_the_bias_of_what_is_held(settings):
+    model = model_of(**settings).double()
+    with torch.no_grad():
+        model.tenth_of_repeat_bias.fill_(0.25)
+    histories = [np.array([7, 2, 7], dtype=np.int32), np.array([1, 30, 5, 5, 9], dtype=np.int32)]
+    scores = training.SequenceScorer(model, 10).scores(np.array([0, 1]), histories)
+    assert scores.dtype == torch.float64
+    for row, history in zip(scores, histories, strict=True):
+        vector = model(torch.from_numpy(history[None].astype(np.int64)))[0, -1]
+        holds = torch.tensor([item in history for item in range(1, 31)])
+        assert_close(row, (model.item_vectors()[1:] @ vector + 2.5 * holds).detach())
 
 
 def repeating(again: bool) -> Sequences:

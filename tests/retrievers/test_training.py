@@ -1,10 +1,12 @@
 """Training learns, repeats itself, and goes on after a kill as if nothing had happened."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 from llmrec import config
 from llmrec.data.sequences import TEST, TRAIN, VALID, Sequences
@@ -22,6 +24,7 @@ MODELS = {
     "hydra": {"mixer": config.Mixer(name="hydra", d_state=8, headdim=8, d_conv=3)},
     "leak": {"mixer": config.Mixer(name="gated_mamba_attention", d_state=4, legacy_leak=True), "residual": True},
     "lru": {"mixer": config.Mixer(name="lru", hidden=16), "residual": True, "item_bias": True},
+    "repeats": {"mixer": config.Mixer(name="lru", hidden=16), "item_bias": True, "repeat_bias": True},
     "latent": {"mixer": LATENT, "residual": True, "norm": "pre", "norm_kind": "rms", "feed_forward": "swiglu", "temperature": 0.05},
 }
 
@@ -72,6 +75,7 @@ REPEATED = [
     ("attention", {"loss": "bce", "dropout": 0.5}),
     ("latent", {"loss": "sampled_softmax", "negatives": 7, "schedule": "cosine", "weight_decay": 0.1, "dropout": 0.5, "validate_every": 2}),
     ("hydra", {"windows": "prefixes", "dropout": 0.3}),
+    ("repeats", {"weight_decay": 0.1}),
 ]
 
 
@@ -214,7 +218,105 @@ def test_a_prefix_has_one_target_the_item_after_it(counting, tmp_path, monkeypat
 def test_the_legacy_leak_may_be_trained_on_all_positions(counting, tmp_path):
     _, progress = fit("leak", counting, tmp_path / "a", epochs=2)
     assert progress.epoch == 2
-    training.check_windows(config.Mixer(name="hydra"), config.Training(windows="prefixes"))
+    training.check(config.SequenceModel(mixer=config.Mixer(name="hydra")), config.Training(windows="prefixes"))
+
+
+IN_MIXER = ("heads", "hidden", "d_state", "headdim", "d_conv", "expand", "chunk")
+OUT_OF_RANGE = [
+    *((f"training.{name}", 0) for name in training.AT_LEAST_ONE),
+    ("training.batch", -8),
+    ("training.calibration", 5),
+    ("training.calibration", -0.1),
+    *((f"model.{name}", 0) for name in ("dim", "layers", "inner")),
+    *((f"model.mixer.{name}", 0) for name in IN_MIXER),
+    *((f"{place}.dropout", p) for place in ("model", "model.mixer") for p in (1.0, 3, -0.5)),
+    ("model.temperature", 0),
+    ("model.temperature", -1),
+    ("model.temperature", math.nan),
+    ("model.mixer.d_latent", 0),
+    ("training.learning_rate", -0.1),
+    ("training.learning_rate", math.nan),
+    ("training.gradient_clip", 0),
+    ("training.weight_decay", -0.1),
+    ("training.warmup", -1),
+]
+
+
+def sections(name, value):
+    """The settings of model and training with this one changed."""
+    parts = {"model": {}, "training": {}, "model.mixer": {}}
+    section, key = name.rsplit(".", 1)
+    parts[section][key] = value
+    return config.SequenceModel(mixer=config.Mixer(**parts["model.mixer"]), **parts["model"]), config.Training(**parts["training"])
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_a_setting_out_of_range_is_named(name, value):
+    with pytest.raises(UserError, match=rf"^{name} (is|must)"):
+        training.check(*sections(name, value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((f"training.{name}", 1) for name in training.AT_LEAST_ONE),
+        *((f"model.mixer.{name}", 1) for name in IN_MIXER),
+        *(("training.calibration", t) for t in (0, 1)),
+        *((f"{place}.dropout", p) for place in ("model", "model.mixer") for p in (0, 0.99)),
+        ("model.temperature", 1e-3),
+    ],
+)
+def test_the_ends_of_the_ranges_are_in_them(name, value):
+    training.check(*sections(name, value))
+
+
+@pytest.mark.parametrize("loss", ["sampled_softmax", "gbce", "bce"])
+def test_a_repeat_bias_needs_the_full_softmax(loss):
+    model = config.SequenceModel(repeat_bias=True)
+    training.check(model, config.Training())
+    with pytest.raises(UserError, match=rf"model\.repeat_bias .*full_softmax, not {loss}"):
+        training.check(model, config.Training(loss=loss))
+
+
+def test_nothing_is_trained_under_settings_out_of_range(counting, tmp_path):
+    with pytest.raises(UserError, match=r"training\.patience"):
+        fit("attention", counting, tmp_path / "a", patience=0)
+    assert not list((tmp_path / "a").iterdir())
+
+
+# ------------------------------------------------------------------ the negative of bce
+
+
+def bare_model(items):
+    torch.manual_seed(0)
+    sizes = config.SequenceModel(mixer=config.Mixer(name="gru", hidden=4), dim=4, norm="none", feed_forward="none", dropout=0.0)
+    model = SequenceModel(sizes, items, 50).double()
+    with torch.no_grad():
+        model.items.weight[1:].normal_()
+    return model
+
+
+def test_of_two_items_the_negative_is_the_other_one():
+    model, inputs = bare_model(2), torch.randint(1, 3, (6, 20))
+    targets = torch.randint(1, 3, (6, 20))
+    loss = training._loss(model, inputs, targets, config.Training(loss="bce"))
+    scores = model(inputs) @ model.items.weight[1:].T
+    right, wrong = scores.gather(2, targets[..., None] - 1), scores.gather(2, 2 - targets[..., None])
+    assert_close(loss, -(right.sigmoid().log() + (1 - wrong.sigmoid()).log()).mean())
+
+
+def test_every_item_but_the_target_is_as_likely_a_negative(monkeypatch):
+    model, rows = bare_model(5), []
+    real = model.item_vectors
+    monkeypatch.setattr(model, "item_vectors", lambda ids=None: rows.append(ids) or real(ids))
+    inputs, targets = (torch.randint(1, 6, (200, 50)) for _ in range(2))
+    training._loss(model, inputs, targets, config.Training(loss="bce"))
+    positives, negatives = rows
+    assert torch.equal(positives, targets.flatten())
+    counts = torch.zeros(6, 6).index_put_((positives, negatives), torch.ones(10_000), accumulate=True)[1:, 1:]
+    shares = counts / counts.sum(1, keepdim=True)
+    assert not counts.diag().any()
+    assert ((shares - 0.25).abs() < 0.05).logical_or(torch.eye(5, dtype=torch.bool)).all()  # five deviations of 2,000 draws
 
 
 def test_a_loss_that_explodes_stops_with_advice(counting, tmp_path):

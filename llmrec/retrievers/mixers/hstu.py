@@ -5,8 +5,7 @@
     y = Linear(LayerNorm(A v) * u)
 
 The norm before the layer, the residual around it and its dropout (here after the last projection, there before it) are the
-skeleton's. The paper's bias by elapsed time is left out: the
-histories carry no times.
+skeleton's. The paper's bias by elapsed time is left out: the histories carry no times.
 """
 
 from __future__ import annotations
