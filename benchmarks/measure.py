@@ -85,6 +85,7 @@ def in_turn(runs: Mapping[str, Generator[Any]], rounds: int) -> dict[str, list[A
     for _ in range(rounds):
         for name, run in runs.items():
             values[name].append(next(run))
+            print(f"{name}: {values[name][-1]}", file=sys.stderr, flush=True)
     for run in runs.values():
         run.close()
     return values

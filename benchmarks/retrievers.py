@@ -7,9 +7,9 @@
 
 Sections: models (every sequence recipe: seconds per million targets), catalogue (sampled losses and exact candidates),
 efficiency (5 epochs and a full ranking of the test users). All on the CPU, at the recipes' sizes and losses, but for one
-length, width 64 and batches of 128. Every model has a process of its own, which lives until its section ends; they train an
-epoch in turn. Peaks are of the whole process, Python, torch and data included. `--users` cuts the data, `--recipes` the
-models.
+length, width 64 and batches of 128. Every model has a process of its own. Those that are compared train an epoch in turn, the others of
+`models` one after the other, as not all fit into memory at once. Peaks are of the whole process, Python, torch and data included.
+`--users` cuts the data, `--recipes` the models.
 
 The yardstick is any program with the options and the last line of output (JSON) that `yardstick` below uses.
 """
@@ -175,8 +175,13 @@ def models(options: argparse.Namespace) -> dict[str, Any]:
     if options.yardstick:
         runs["yardstick"] = yardstick(options.yardstick, options.ratings, options.length)
         runs["yardstick_bf16"] = yardstick(options.yardstick, options.ratings, options.length, "--bf16")
+    peers = {name for pair in RATIOS for name in pair}
+    measured = in_turn({name: run for name, run in runs.items() if name in peers}, options.epochs)
+    for name, run in runs.items():
+        if name not in peers:
+            measured |= in_turn({name: run}, options.epochs)
     rows: dict[str, dict[str, Any]] = {}
-    for name, values in in_turn(runs, options.epochs).items():
+    for name, values in measured.items():
         how = {"loss": configs[name].training.loss, "windows": configs[name].training.windows} if name in configs else {}
         seconds, targets = [value["seconds"] for value in values], values[0]["targets"]
         rows[name] = how | {

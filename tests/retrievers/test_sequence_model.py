@@ -61,6 +61,7 @@ COUNTS = {
     "mamba4rec": 72_256,
     "2mamba4rec": 78_624,
     "2mamba4rec-cpu": 64 * (128 + 128 + 64 + 4) + 192 * 5 + 3 * 4 + 128 + 128 * 64 + (64 * 512 + 256 + 64) + 3 * LAYER_NORM,
+    "2mamba4rec-ml-1m": 2 * (63_500 - LAYER_NORM) + LAYER_NORM + 1,  # two layers, and the repeat bias
     "sasrec": 100_096,
     "hydra4rec": 68_934,
     "hydra4rec --model.mixer.d_conv 4": 68_166,
