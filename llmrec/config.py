@@ -7,7 +7,7 @@ its `--help` and fingerprints only its own sections (see `llmrec.stages`). No to
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 # ---------------------------------------------------------------- where things come from
 
@@ -271,8 +271,13 @@ class Base:
     licence: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 where the hardware computes in it, else float32."""
-    attention: str = "sdpa"
-    """attn_implementation of transformers."""
+    quantise: Literal["none", "nf4"] = "none"
+    """nf4: the frozen linear layers in 4 bits, their scales quantised too, computing in `dtype` (QLoRA, arXiv 2305.14314); needs
+    bitsandbytes."""
+    attention: str | None = None
+    """attn_implementation of transformers; null: sdpa where the family has it."""
+    shape: dict[str, Any] | None = None
+    """What config.json says of the model's size, for forecasts before the model is here."""
 
 
 @dataclass
@@ -296,15 +301,24 @@ class Tuning:
     """Steps."""
     epochs: float = 1.0
     batch: int = 4
-    """Prompts per forward pass."""
+    """Prompts per forward pass, at most."""
     accumulation: int = 2
-    """Forward passes per optimiser step."""
+    """Forward passes per optimiser step, which has batch x accumulation prompts however many processes share them."""
+    max_tokens_per_batch: int | None = None
+    """A forward pass takes as many of the step's prompts as fit in so many padded tokens, whatever batch says; null: batch decides."""
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
     gradient_checkpointing: bool = False
     """Less memory, a third more time."""
     save_steps: int = 10
     """Optimiser steps between checkpoints; a killed run goes on from the last one."""
+    eval_steps: int | None = None
+    """Optimiser steps from one validation to the next: NDCG@10 of the target among the retriever's candidates. The best adapter is
+    kept. null: no validation, the last adapter is kept."""
+    eval_users: int = 200
+    """Validation users asked, of those whose target is among the candidates (sampled by seed)."""
+    patience: int | None = None
+    """Validations without a better NDCG@10 before the training stops; null: it goes on to the end."""
     report_to: str = "none"
     """Tracker of transformers' Trainer: none, tensorboard, trackio, wandb, mlflow."""
 
@@ -316,9 +330,17 @@ class Orpo(Tuning):
     learning_rate: float = 5e-6
     schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "inverse_sqrt"
     beta: float = 0.05
-    """Weight of the odds-ratio term; 0 is the control (the chosen answer's NLL alone)."""
+    """Weight of the odds-ratio term; 0 is the control (the chosen answer's NLL alone). simpo: scale of its rewards; its authors take 2."""
     nll_on: Literal["completion", "sequence"] = "completion"
     """The NLL covers the answer, or prompt and answer as in TRL."""
+    loss: Literal["orpo", "simpo", "softmax"] = "orpo"
+    """orpo; simpo: the margin loss of arXiv 2405.14734; softmax: cross-entropy over the letters of the pool alone, with negatives: all.
+    The latter two have no NLL."""
+    negatives: int | Literal["all"] = 1
+    """Losers of a winner. 1: its pair's own; k: its own and others of the pool, drawn once by seed and row; all: the pool. With more than
+    1 every winner counts once, as the mean over its losers."""
+    gamma: float = 0.5
+    """simpo: by how much the winner's reward shall exceed the loser's."""
     start: Literal["sft", "base"] = "sft"
     """Continue the SFT adapter, or begin with a fresh one on the base model."""
 
@@ -336,6 +358,9 @@ class Evaluation:
     """At most this many test users, sampled by seed (null: all)."""
     batch: int = 16
     """Prompts per forward pass when scoring."""
+    orders: int = 1
+    """Orders of the candidates in which each user is asked, shuffled by seed and user; an item's score is the mean of its letters'
+    log-probabilities. More than one evens out what the model thinks of places and letters."""
     resamples: int = 10_000
     """Bootstrap resamples of the users behind every interval."""
 
@@ -360,6 +385,8 @@ class Config:
     """Folder of the run folders."""
     limit_users: int | None = None
     """Use at most this many users for the language model's rows and evaluation (sampled by seed)."""
+    merged: bool = False
+    """export: the whole model with the adapter in its weights, rather than the adapter alone."""
     source: Source = field(default_factory=Source)
     filter: Filter = field(default_factory=Filter)
     split: Split = field(default_factory=Split)
