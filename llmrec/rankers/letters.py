@@ -31,6 +31,24 @@ def last_logits(model: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
     return model(input_ids=ids, logits_to_keep=lengths[:, None] - 1, use_cache=False).logits[:, 0].float()
 
 
+def logprobs_of(label_ids: Sequence[int], logits: Tensor, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Log-probabilities of the letters among the whole vocabulary, (rows, letters) float32.
+
+    Args:
+        label_ids: token id of each letter.
+        logits: (rows, vocabulary) float32.
+        numbers: which prompt each row belongs to, for the message.
+
+    Raises:
+        FloatingPointError: a log-probability is not finite; the message names the prompt.
+    """
+    logprobs = logits.log_softmax(-1)[:, torch.as_tensor(label_ids, device=logits.device)]
+    bad = ~torch.isfinite(logprobs).all(1).cpu().numpy()
+    if bad.any():
+        raise FloatingPointError(f"prompt {np.array(numbers)[bad][0]} has a log-probability that is not finite; try base.dtype float32")
+    return logprobs.cpu().numpy()
+
+
 def batches_of_letter_logprobs(
     model: nn.Module, rows: Sequence[Sequence[int]], label_ids: Sequence[int], *, batch: int, pad_id: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -41,17 +59,13 @@ def batches_of_letter_logprobs(
     """
     by_length = sorted(range(len(rows)), key=lambda at: -len(rows[at]))  # the largest batch first: out of memory at once or never
     device = next(model.parameters()).device
-    labels = torch.as_tensor(label_ids, device=device)
     model.eval()
     for start in range(0, len(rows), batch):
         numbers = by_length[start : start + batch]
         ids, lengths = pad([rows[at] for at in numbers], pad_id)
         with torch.inference_mode():
-            logprobs = last_logits(model, ids.to(device), lengths.to(device)).log_softmax(-1)[:, labels]
-        bad = ~torch.isfinite(logprobs).all(1).cpu().numpy()
-        if bad.any():
-            raise FloatingPointError(f"prompt {np.array(numbers)[bad][0]} has a log-probability that is not finite; try base.dtype float32")
-        yield np.array(numbers), logprobs.cpu().numpy()
+            found = logprobs_of(label_ids, last_logits(model, ids.to(device), lengths.to(device)), numbers)
+        yield np.array(numbers), found
 
 
 def letter_logprobs(

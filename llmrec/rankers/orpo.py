@@ -1,13 +1,10 @@
-"""ORPO with one forward pass per prompt.
+"""ORPO with one forward pass per prompt, whatever the number of its pairs.
 
     loss = NLL(winner) - beta * log sigmoid(log odds(winner) - log odds(loser)),    odds = p / (1 - p)
 
-Hong et al. 2024 (arXiv 2403.07691), equations 4-7, as in TRL's `ORPOTrainer`, whose loss this equals on the same token rows.
-TRL forwards prompt + winner and prompt + loser for every pair, with logits at all positions. Here completions are one
-token (a candidate's letter, without end of text), so that all pairs of a prompt are read from the logits after its last token.
-
-When completions grow longer, `SharedPromptORPOTrainer.window_loss` is the place: it needs log-probabilities per pair, and
-everything after that stays as it is.
+Hong et al. 2024 (arXiv 2403.07691), equations 4-7, as in TRL's `ORPOTrainer`, whose loss this equals on the same token rows. TRL
+forwards prompt + winner and prompt + loser for every pair, with logits at all positions. Here pairs are grouped by prompt
+(`preference_rows`), their completions share its forward pass (`completions`), and the loss is one of `preference_losses`.
 """
 
 from __future__ import annotations
@@ -18,87 +15,87 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from llmrec.config import Orpo
 from llmrec.errors import UserError
-from llmrec.rankers.letters import last_logits, pad
-from llmrec.rankers.tuning import Sums, TrainResult, WindowTrainer, arguments, checked_rows, fit
+from llmrec.rankers import preference_losses
+from llmrec.rankers.completions import choose, completion_logps, lay_out, prompt_nll, row_tokens
+from llmrec.rankers.preference_losses import check_settings, mean_over_losers
+from llmrec.rankers.preference_rows import Group, comparisons, grouped
+from llmrec.rankers.tuning import Sums, TrainResult, WindowTrainer, arguments, fit, limits
+from llmrec.rankers.validation import ValidationPrompts
+from llmrec.runs import say
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # pyproject.toml pins the version instead
 
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-NLL_CHUNK = 256
-"""Positions whose logits exist at the same time when the NLL covers the prompt."""
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0 without cancellation (Mächler 2012, equation 7)."""
-    return torch.where(x < -0.6931471805599453, torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
-
-
-def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The odds-ratio term of each pair, to be added to the winner's NLL.
-
-    Args:
-        chosen_logps: mean log-probability per token of the winners, (pairs,), below 0.
-        rejected_logps: of the losers, (pairs,).
-        beta: weight of the term; lambda in the paper.
-
-    Returns:
-        losses (pairs,), which are -beta * log sigmoid(log odds ratio); log sigmoid(log odds ratio) (pairs,); the log odds ratio (pairs,).
-        All float32. Where a probability rounds to 1 its odds are taken at the float32 next to it, so that nothing is infinite.
-    """
-    # At p = 1 TRL's odds are infinite and their gradient NaN. A float32 softmax has no value between this and 0.
-    top = -torch.finfo(torch.float32).eps / 2
-    chosen, rejected = chosen_logps.float().clamp(max=top), rejected_logps.float().clamp(max=top)
-    log_odds_ratio = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
-    log_sigmoid = F.logsigmoid(log_odds_ratio)
-    return -beta * log_sigmoid, log_sigmoid, log_odds_ratio
-
 
 class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]  # loss_is_scaled_for_ga
-    """TRL's ORPOTrainer for completions of one token: equal prompts are grouped by themselves and forwarded once.
+    """TRL's ORPOTrainer with equal prompts grouped by themselves and forwarded once.
 
-    Takes what TRL's takes: a data set with the columns prompt, chosen and rejected (text, or conversations that the
-    chat template ends the same way), or token ids made elsewhere in prompt_ids, chosen_ids and rejected_ids.
-    Differences from TRL: no end of text after the completion, LoRA's dropout stays on unless `disable_dropout` says
-    otherwise in the config, a row that is too long is refused, no `logits/*` metrics. A prompt's NLL counts as often
-    as the prompt has pairs, as in TRL, though it is computed once.
+    Takes what TRL's takes: a data set with the columns prompt, chosen and rejected (text, or conversations that the chat
+    template ends the same way), or token ids made elsewhere in prompt_ids, chosen_ids and rejected_ids, of any length.
+    Differences from TRL: no end of text after the completion unless asked for, LoRA's dropout stays on unless
+    `disable_dropout` says otherwise in the config, a row that is too long is refused, no `logits/*` metrics.
+
+    The loss of a step is a mean over all its winners, on all processes and in all forward passes, of the winner's mean over its
+    losers; the NLL is a mean over the tokens of all winners. Pair-wise (`negatives` 1) every pair has a winner of its own, as in
+    TRL: a completion that wins twice counts twice. List-wise a completion is one winner of its prompt, with one NLL.
 
     Args:
         *args: of TRL's constructor.
         nll_on: "completion", or "sequence": prompt and completion, as in TRL.
+        loss: "orpo"; "simpo" or "softmax" instead of it, both without NLL (see `preference_losses`).
+        negatives: losers of a winner: 1, the pair's own; k, its own and others of the pool, drawn once by seed and row; "all", the
+            pool. More than 1 is for completions of one token.
+        label_ids: the tokens of the pool, the same in all rows; otherwise the column pool_ids says it for each.
+        gamma: the margin of loss simpo.
+        end_of_text: end texts with the tokenizer's end of text, as TRL does. Token ids are taken as they are.
         **kwargs: of TRL's constructor.
 
     Raises:
-        UserError: a row cannot be trained on; the message names it.
+        UserError: settings that do not go together, or a row that cannot be trained on; the message names it.
     """
 
     processing_class: Any
 
-    def __init__(self, *args: Any, nll_on: Literal["completion", "sequence"] = "completion", **kwargs: Any):
-        self.nll_on = nll_on
+    def __init__(
+        self,
+        *args: Any,
+        nll_on: Literal["completion", "sequence"] = "completion",
+        loss: Literal["orpo", "simpo", "softmax"] = "orpo",
+        negatives: int | Literal["all"] = 1,
+        label_ids: Sequence[int] | None = None,
+        gamma: float = 0.5,
+        end_of_text: bool = False,
+        **kwargs: Any,
+    ):
+        self.nll_on, self.loss, self.negatives, self.label_ids = nll_on, loss, negatives, label_ids
+        self.gamma, self.end_of_text = gamma, end_of_text
         super().__init__(*args, **kwargs)
+        check_settings(loss, nll_on, negatives, self.beta, gamma)
         if self.aux_loss_enabled:
             raise UserError("mixtures of experts with a router loss are not supported: set output_router_logits to false")
         self.args.remove_unused_columns = False
         self.use_dpo_data_collator = True  # or TRL warns at every evaluation step
         self.data_collator = self.collate
+        base: Any = self.model
+        self.strategy, why = choose(base, bool(self.args.gradient_checkpointing))
         self.train_dataset = self._grouped(self.train_dataset)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._grouped(rows) for name, rows in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
             self.eval_dataset = self._grouped(self.eval_dataset)
+        several = any(len(completion) > 1 for group in self.train_dataset for completion in group["completions"])
+        say(f"completions {self.strategy}: {why}" if several else "completions of one token: read from the logits after the prompt")
 
     def _send_telemetry(self) -> None:
         """TRL reports every trainer that is made to its publisher; this one does not."""
 
     def tokenize_row(self, feature: dict[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
-        """Token ids of one pair: the row's own where it has them, else TRL's tokenisation without the end of text."""
+        """Token ids of one pair: the row's own where it has them, else TRL's tokenisation."""
         if "prompt_ids" in feature:
             return {name: list(feature[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
         chosen = self.build_tokenized_answer(feature["prompt"], feature["chosen"])
@@ -106,61 +103,68 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         prompt = chosen["prompt_input_ids"]
         if prompt != rejected["prompt_input_ids"]:
             raise UserError("a completion merges with the last token of its prompt: end the prompt or begin the completions differently")
-        bos = self.processing_class.bos_token_id
+        bos, eos = self.processing_class.bos_token_id, self.processing_class.eos_token_id
         if bos is not None and prompt[:1] != [bos]:
             prompt = [bos, *prompt]
-        return {"prompt_ids": prompt, "chosen_ids": chosen["input_ids"], "rejected_ids": rejected["input_ids"]}
+        completions = {"chosen_ids": chosen["input_ids"], "rejected_ids": rejected["input_ids"]}
+        if self.end_of_text:
+            completions = {side: ids if ids[-1:] == [eos] else [*ids, eos] for side, ids in completions.items()}
+        return {"prompt_ids": prompt, **completions}
 
-    def collate(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch of prompts and all their pairs.
-
-        Returns:
-            input_ids (prompts, longest) and lengths (prompts,); per pair the prompt's place in the batch `prompt`
-            (pairs,) and the token ids `chosen` and `rejected` (pairs,); `rows`: the pairs' numbers in the data set.
-        """
-        ids, lengths = pad([group["prompt_ids"] for group in groups], self.padding_value or 0)
-        return {
-            "input_ids": ids,
-            "lengths": lengths,
-            "prompt": torch.tensor([at for at, group in enumerate(groups) for _ in group["rows"]]),
-            "chosen": torch.tensor([token for group in groups for token in group["chosen"]]),
-            "rejected": torch.tensor([token for group in groups for token in group["rejected"]]),
-            "rows": [row for group in groups for row in group["rows"]],
-        }
+    def collate(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """A batch of prompts with all their completions and pairs: of `lay_out`, of `comparisons`, and `rows`, the pairs' numbers."""
+        prompts, completions = [group["prompt_ids"] for group in groups], [group["completions"] for group in groups]
+        layout = lay_out(self.strategy, prompts, completions, self.padding_value or 0)
+        return layout | comparisons(groups) | {"rows": [row for group in groups for row in group["rows"]]}
 
     def batch_sizes(self, batch: dict[str, Any]) -> Tensor:
-        """Pairs, and tokens under the NLL."""
-        pairs = batch["prompt"].numel()
-        # of a prompt of n tokens and its completion, the first token is not predicted
-        tokens = pairs if self.nll_on == "completion" else int(batch["lengths"][batch["prompt"]].sum())
-        return torch.tensor([pairs, tokens], dtype=torch.float32)
+        """Winners, and tokens under their NLL."""
+        winners = batch["winners"]
+        tokens = batch["completion_lengths"][winners].sum()
+        if self.nll_on == "sequence":  # the first token of a prompt is not predicted
+            tokens = tokens + (batch["lengths"][batch["prompt"]] - 1).sum()
+        return torch.tensor([len(winners), int(tokens)], dtype=torch.float32)
 
     def window_loss(self, model: nn.Module, batch: dict[str, Any], window: Tensor) -> tuple[Tensor, Sums]:
-        """The ORPO loss of all pairs of the batch, as a share of the step's."""
-        prompt = batch["prompt"]
-        if self.nll_on == "completion":
-            logits, prompt_nll = last_logits(model, batch["input_ids"], batch["lengths"]), torch.zeros((), device=prompt.device)
-        else:
-            logits, prompt_nll = self._logits_and_prompt_nll(model, batch)
-        logps = logits.log_softmax(-1)
-        chosen, rejected = logps[prompt, batch["chosen"]], logps[prompt, batch["rejected"]]
-        losses, log_sigmoid, log_odds = orpo_loss(chosen, rejected, self.beta)
-        nll = prompt_nll - chosen.sum()
-        loss = nll / window[1] + losses.sum() / window[0]
+        """The loss of all winners of the batch, as a share of the step's. A batch without pairs adds 0."""
+        base = self.accelerator.unwrap_model(model)
+        logps, hidden = completion_logps(model, base.config, batch, hidden_states=self.nll_on == "sequence")
+        winners, real = batch["winners"], batch["real"]
+        means = logps / batch["completion_lengths"]
+        chosen, rejected = means[winners], means[batch["losers"]]
+        nll = -logps[winners].sum()
+        if hidden is not None:
+            nll = nll + prompt_nll(hidden, base.get_output_embeddings(), batch)[batch["prompt"]].sum()
 
-        pairs, tokens = self.batch_sizes(batch).tolist()
-        means = {
+        all_winners, all_tokens = window.clamp(min=1)
+        terms, logged = self._terms(chosen, rejected, real)
+        loss = terms.sum() / all_winners
+        if self.loss == "orpo":
+            loss = loss + nll / all_tokens
+
+        rejected = mean_over_losers(rejected, real)
+        logged |= {
             "rewards/chosen": self.beta * chosen,
             "rewards/rejected": self.beta * rejected,
-            "rewards/accuracies": (chosen > rejected).float(),  # TRL compares rewards, which all tie at beta 0
             "rewards/margins": self.beta * (chosen - rejected),
             "logps/chosen": chosen,
             "logps/rejected": rejected,
-            "log_odds_ratio": log_sigmoid,
-            "log_odds_chosen": log_odds,
         }
-        sums: Sums = {name: (values.detach().sum(), pairs) for name, values in means.items()}
+        count, tokens = self.batch_sizes(batch).tolist()
+        sums: Sums = {name: (values.detach().sum(), count) for name, values in logged.items()}
         return loss, sums | {"nll_loss": (nll.detach(), tokens)}
+
+    def _terms(self, chosen: Tensor, rejected: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Each winner's loss but for its NLL, and what is logged of its comparisons, (winners,) each."""
+        ahead = (chosen[:, None] > rejected).float()  # TRL compares rewards, which all tie at beta 0
+        logged = {"rewards/accuracies": mean_over_losers(ahead, real)}
+        if self.loss == "softmax":
+            return preference_losses.softmax(chosen, rejected, real), logged
+        if self.loss == "simpo":
+            return mean_over_losers(preference_losses.simpo(chosen[:, None], rejected, self.beta, self.gamma), real), logged
+        losses, log_sigmoid, log_odds = preference_losses.orpo(chosen[:, None], rejected, self.beta)
+        logged |= {"log_odds_ratio": mean_over_losers(log_sigmoid, real), "log_odds_chosen": mean_over_losers(log_odds, real)}
+        return mean_over_losers(losses, real), logged
 
     def get_batch_loss_metrics(
         self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train"
@@ -170,43 +174,13 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         prefix = "eval_" if train_eval == "eval" else ""
         return loss, {prefix + name: float(total / count) for name, (total, count) in sums.items()}
 
-    def _logits_and_prompt_nll(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Last logits, and the summed NLL of the prompts' own tokens, each prompt as often as it has pairs.
-
-        The vocabulary-wide softmax is made for `NLL_CHUNK` positions at a time and again in the backward pass.
-        """
-        ids, lengths = batch["input_ids"], batch["lengths"]
-        last = lengths[:, None] - 1
-        out = model(input_ids=ids, logits_to_keep=last, output_hidden_states=True, use_cache=False)
-        predicts = torch.arange(ids.shape[1] - 1, device=ids.device) < last
-        hidden, targets = out.hidden_states[-1][:, :-1][predicts], ids[:, 1:][predicts]
-        pairs = batch["prompt"].bincount(minlength=len(ids))
-        weights = pairs[:, None].expand_as(predicts)[predicts].float()
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-
-        def chunk_nll(hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-            return F.cross_entropy(head(hidden).float(), targets, reduction="none") @ weights
-
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(targets), NLL_CHUNK):
-            part = slice(start, start + NLL_CHUNK)
-            total = total + checkpoint(chunk_nll, hidden[part], targets[part], weights[part], use_reentrant=False)
-        return out.logits[:, 0].float(), total
-
-    def _grouped(self, rows: Any) -> list[dict[str, Any]]:
-        """One row per different prompt, in the order in which they first appear."""
-        pairs = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in rows]
-        checked_rows(pairs, ["chosen_ids", "rejected_ids"])
-        groups: dict[tuple[int, ...], dict[str, Any]] = {}
-        for number, pair in enumerate(pairs):
-            if len(pair["prompt_ids"]) + 1 > self.max_length:
-                raise UserError(f"row {number}: {len(pair['prompt_ids']) + 1} tokens, max_length is {self.max_length}: shorten the prompt")
-            key = tuple(pair["prompt_ids"])
-            group = groups.setdefault(key, {"prompt_ids": pair["prompt_ids"], "chosen": [], "rejected": [], "rows": [], "length": len(key)})
-            group["chosen"] += pair["chosen_ids"]
-            group["rejected"] += pair["rejected_ids"]
-            group["rows"].append(number)
-        return list(groups.values())
+    def _grouped(self, rows: Any) -> list[Group]:
+        """The groups of a data set, with `length`, the tokens that a forward pass spends on each."""
+        pairs = rows if self.label_ids is None else [row | {"pool_ids": list(self.label_ids)} for row in rows]
+        groups = grouped(pairs, negatives=self.negatives, max_length=self.max_length, seed=self.args.seed)
+        for group in groups:
+            group["length"] = row_tokens(self.strategy, len(group["prompt_ids"]), [len(completion) for completion in group["completions"]])
+        return groups
 
 
 def train_orpo(
@@ -219,18 +193,21 @@ def train_orpo(
     encode: Callable[[str], list[int]],
     label_ids: Mapping[str, int],
     seed: int = 0,
+    prompts: ValidationPrompts | None = None,
 ) -> TrainResult:
     """Tune the trainable adapter of `model` on preference pairs; it goes on by itself after being killed.
 
     Args:
         model: with a trainable adapter (`with_lora`, or `load_adapter(..., trainable=True)` to continue SFT).
         tokenizer: for padding, and kept in the checkpoints.
-        rows: prompt, chosen and rejected texts, one pair each.
+        rows: prompt, chosen and rejected texts, one pair each; for more negatives than one also pool_items, the candidates that
+            the prompt shows, the first of which the first label answers.
         orpo: optimisation and loss.
         folder: of the checkpoints and train_log.jsonl.
         encode: prompt -> token ids, `PromptWriter.encode`.
         label_ids: completion -> token id.
         seed: order of rows and dropout.
+        prompts: for validation, where `orpo.eval_steps` asks for it.
 
     Raises:
         UserError: rows that cannot be trained on, or a loss that is not finite.
@@ -238,12 +215,14 @@ def train_orpo(
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()  # TRL maps over token ids that are made already
-    pairs = [
-        {"prompt_ids": encode(row["prompt"]), "chosen_ids": [label_ids[row["chosen"]]], "rejected_ids": [label_ids[row["rejected"]]]}
-        for row in rows
-    ]
-    checked_rows(pairs, ["chosen_ids", "rejected_ids"])
-    longest = max(len(pair["prompt_ids"]) for pair in pairs)
+    labels = list(label_ids.values())
+    pairs = []
+    for row in rows:
+        pair = {"prompt_ids": encode(row["prompt"]), "chosen_ids": [label_ids[row["chosen"]]], "rejected_ids": [label_ids[row["rejected"]]]}
+        pairs.append(pair if orpo.negatives == 1 else pair | {"pool_ids": labels[: len(row["pool_items"])]})
+    longest = max((len(pair["prompt_ids"]) for pair in pairs), default=0)
     args = ORPOConfig(**arguments(orpo, folder, seed), beta=orpo.beta, max_length=longest + 1, disable_dropout=False)
-    trainer = SharedPromptORPOTrainer(model, args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, nll_on=orpo.nll_on)
-    return fit(trainer, Path(folder), "orpo")
+    options: dict[str, Any] = {"nll_on": orpo.nll_on, "loss": orpo.loss, "negatives": orpo.negatives, "gamma": orpo.gamma, **limits(orpo)}
+    data = Dataset.from_list(pairs)
+    trainer = SharedPromptORPOTrainer(model, args, train_dataset=data, processing_class=tokenizer, **options)
+    return fit(trainer, Path(folder), "orpo", orpo, prompts)

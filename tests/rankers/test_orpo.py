@@ -1,12 +1,11 @@
-"""The ORPO loss against TRL's, the paper's gradient and a step of TRL's own trainer on the same token rows."""
+"""A step of the trainer against a step of TRL's own on the same token rows, and list-wise losses against loops."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch.testing import assert_close
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -14,20 +13,24 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from llmrec.config import Lora, Orpo
 from llmrec.errors import UserError
 from llmrec.rankers.backbone import with_lora
-from llmrec.rankers.orpo import SharedPromptORPOTrainer, orpo_loss, train_orpo
+from llmrec.rankers.orpo import SharedPromptORPOTrainer, train_orpo
 
 LETTERS = [21, 22, 23, 24]
+TITLES = [[21], [22, 30], [22, 31, 32], [23, 33, 34, 35], [24, 25]]
 
 
-def pairs(seed: int = 0) -> list[dict[str, list[int]]]:
-    """Six prompts of different lengths with one to three pairs each: 11 pairs, several winners in a prompt."""
-    generator = np.random.default_rng(seed)
+def pairs(kind: str = "letters", prompts: int = 6) -> list[dict[str, list[int]]]:
+    """Prompts of different lengths with one to three pairs: one completion wins twice, and one loses here and wins there."""
+    generator = np.random.default_rng(0)
+    completions = [[letter] for letter in LETTERS] if kind == "letters" else TITLES
     rows = []
-    for prompt, count in enumerate([1, 2, 3, 1, 2, 2]):
-        ids = generator.integers(30, 128, 6 + 3 * prompt).tolist()
-        for _ in range(count):
-            chosen, rejected = generator.choice(LETTERS, 2, replace=False).tolist()
-            rows.append({"prompt_ids": ids, "chosen_ids": [chosen], "rejected_ids": [rejected]})
+    for prompt, count in zip(range(prompts), [3, 1, 2, 1, 2, 3], strict=False):
+        ids = generator.integers(40, 128, 6 + 3 * prompt).tolist()
+        order = generator.permutation(len(completions)).tolist()
+        for winner, loser in [(0, 1), (0, 2), (2, 3)][:count]:
+            rows.append({"prompt_ids": ids, "chosen_ids": completions[order[winner]], "rejected_ids": completions[order[loser]]})
+            if kind == "letters":  # pools of three and four
+                rows[-1]["pool_ids"] = [LETTERS[at] for at in sorted(order[: 3 if count == 1 else 4])]
     return rows
 
 
@@ -49,15 +52,18 @@ def settings(folder, batch: int, accumulation: int, **other) -> ORPOConfig:
         max_length=64,
         bf16=False,
         use_cpu=True,
-        gradient_checkpointing=False,
         disable_dropout=False,
         report_to="none",
         disable_tqdm=True,
         logging_steps=1,
         max_grad_norm=0,
         save_strategy="no",
-        **{"beta": 0.3, "learning_rate": 0.0, "max_steps": 1} | other,
+        **{"beta": 0.3, "learning_rate": 0.0, "max_steps": 1, "gradient_checkpointing": False} | other,
     )
+
+
+def trainer_of(model, rows, tokenizer, config, **options) -> SharedPromptORPOTrainer:
+    return SharedPromptORPOTrainer(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **options)
 
 
 def gradients_of_one_step(trainer) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -71,6 +77,19 @@ def gradients_of_one_step(trainer) -> tuple[dict[str, torch.Tensor], dict[str, f
     trainer.optimizer.register_step_pre_hook(keep)
     trainer.train()
     return found, next(row for row in trainer.state.log_history if "loss" in row)
+
+
+def assert_same_step(found, expected) -> None:
+    """Gradients, loss and the metrics that both have logged; not how long it took."""
+    (gradients, log), (expected_gradients, expected_log) = found, expected
+    assert gradients
+    assert gradients.keys() == expected_gradients.keys()
+    for name in gradients:
+        assert_close(gradients[name], expected_gradients[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    measured = {"seconds", "tokens_per_second", "peak_memory_mb", "epoch", "tokens"}
+    compared = {name for name in expected_log if not name.startswith("logits/")} - measured
+    assert {"loss", "nll_loss", "rewards/margins", "rewards/accuracies", "log_odds_ratio", "log_odds_chosen"} <= compared
+    assert {name: log[name] for name in compared} == pytest.approx({name: expected_log[name] for name in compared}, abs=1e-5)
 
 
 class StockOnTheSameTokens(ORPOTrainer):
@@ -89,67 +108,176 @@ class StockOnTheSameTokens(ORPOTrainer):
     def concatenated_forward(self, model, batch):
         chosen_logps, rejected_logps, chosen_logits, rejected_logits, nll = super().concatenated_forward(model, batch)
         if not self.prompt_in_nll:
-            nll = torch.nn.functional.cross_entropy(chosen_logits.flatten(0, 1), batch["chosen_labels"][:, 1:].flatten())
+            labels = batch["chosen_labels"][:, 1:]
+            nll = F.cross_entropy(chosen_logits[:, : labels.shape[1]].flatten(0, 1), labels.flatten())
         return chosen_logps, rejected_logps, chosen_logits, rejected_logits, nll
 
 
+@pytest.mark.parametrize("kind", ["letters", "titles"])
 @pytest.mark.parametrize("nll_on", ["completion", "sequence"])
-def test_one_step_equals_stock_trl_on_the_same_token_rows(family, nll_on, tiny, tokenizer, tmp_path):
-    rows = Dataset.from_list(pairs())
-    stock = StockOnTheSameTokens(adapted(tiny, family), settings(tmp_path, len(rows), 1), train_dataset=rows, processing_class=tokenizer)
+def test_one_step_equals_stock_trl_on_the_same_token_rows(family, kind, nll_on, tiny, tokenizer, tmp_path):
+    """Stock makes one forward pass of the whole global batch."""
+    rows = pairs(kind)
+    stock = StockOnTheSameTokens(
+        adapted(tiny, family), settings(tmp_path, len(rows), 1), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     stock.prompt_in_nll = nll_on == "sequence"
-    expected, expected_log = gradients_of_one_step(stock)
-    ours = SharedPromptORPOTrainer(
-        adapted(tiny, family), settings(tmp_path, 6, 1), train_dataset=rows, processing_class=tokenizer, nll_on=nll_on
-    )
+    expected = gradients_of_one_step(stock)
+    ours = trainer_of(adapted(tiny, family), rows, tokenizer, settings(tmp_path, 6, 1), nll_on=nll_on)
     assert len(ours.train_dataset) == 6
-    found, log = gradients_of_one_step(ours)
-
-    assert found.keys() == expected.keys()
-    assert found
-    for name in found:
-        assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
-    compared = {name for name in expected_log if not name.startswith("logits/")}
-    assert {"loss", "nll_loss", "rewards/margins", "rewards/accuracies", "log_odds_ratio", "log_odds_chosen"} <= compared
-    assert {name: log[name] for name in compared} == pytest.approx({name: expected_log[name] for name in compared}, abs=1e-5)
+    assert_same_step(gradients_of_one_step(ours), expected)
 
 
-@pytest.mark.parametrize("nll_on", ["completion", "sequence"])
-@pytest.mark.parametrize(("batch", "accumulation"), [(2, 3), (1, 6), (4, 2)])
-def test_accumulation_gives_the_gradients_of_one_large_batch(nll_on, batch, accumulation, tiny, tokenizer, tmp_path):
-    """(4, 2) ends with a batch of two prompts, which must not weigh as much as the batch of four."""
-    results = []
-    for sizes in [(6, 1), (batch, accumulation)]:
-        trainer = SharedPromptORPOTrainer(
-            adapted(tiny, "llama"),
-            settings(tmp_path, *sizes),
-            train_dataset=Dataset.from_list(pairs()),
-            processing_class=tokenizer,
-            nll_on=nll_on,
-        )
-        results.append(gradients_of_one_step(trainer))
-    (expected, expected_log), (found, log) = results
-    for name in expected:
-        assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
-    varying = {"epoch", "learning_rate"}
-    assert {k: v for k, v in log.items() if k not in varying} == pytest.approx(
-        {k: v for k, v in expected_log.items() if k not in varying}, abs=1e-5
+@pytest.mark.parametrize("options", [{}, {"nll_on": "sequence"}, {"negatives": "all"}], ids=["completion", "sequence", "all"])
+def test_accumulation_gives_the_gradients_of_one_large_batch(options, tiny, tokenizer, tmp_path):
+    """(3, 2) ends with a batch of a single prompt, which must not weigh as much as the batch of three."""
+    rows = pairs("letters" if options.get("negatives") else "titles", prompts=4)
+    expected, *others = (
+        gradients_of_one_step(trainer_of(adapted(tiny, "llama"), rows, tokenizer, settings(tmp_path, *sizes), **options))
+        for sizes in [(4, 1), (2, 2), (1, 4), (3, 2)]
     )
+    for found in others:
+        assert_same_step(found, expected)
 
 
-def test_text_rows_are_tokenised_as_in_trl_but_for_the_end_of_text(tiny, tokenizer, tmp_path):
-    rows = [{"prompt": "which: ", "chosen": "A", "rejected": "B"}, {"prompt": "which: ", "chosen": "C", "rejected": "B"}]
+def test_gradient_checkpointing_changes_nothing(family, tiny, tokenizer, tmp_path):
+    steps = []
+    for checkpointing in (False, True):
+        config = settings(tmp_path, 3, 2, gradient_checkpointing=checkpointing)
+        steps.append(gradients_of_one_step(trainer_of(adapted(tiny, family), pairs("titles"), tokenizer, config, nll_on="sequence")))
+    assert_same_step(*steps)
+
+
+def test_how_completions_are_computed_is_said_at_the_start(tiny, tokenizer, tmp_path, capsys):
+    for kind, line in [("letters", "completions of one token: read"), ("titles", "completions packed: a prompt and its")]:
+        trainer_of(adapted(tiny, "llama"), pairs(kind), tokenizer, settings(tmp_path, 2, 1))
+        assert line in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ list-wise
+
+
+def by_hand(model, rows, term) -> torch.Tensor:
+    """Mean of `term(log-probabilities, winner, losers of its pool)` over the different (prompt, winner)."""
+    terms = []
+    for prompt, winner, pool in {(tuple(row["prompt_ids"]), row["chosen_ids"][0], tuple(row["pool_ids"])): None for row in rows}:
+        logps = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        terms.append(term(logps, winner, [token for token in pool if token != winner]))
+    return torch.stack(terms).mean()
+
+
+def orpo_by_hand(logps, winner, losers):
+    def log_odds(token):
+        return logps[token] - torch.log(1 - logps[token].exp())
+
+    return -logps[winner] - 0.3 * torch.stack([F.logsigmoid(log_odds(winner) - log_odds(loser)) for loser in losers]).mean()
+
+
+def softmax_by_hand(logps, winner, losers):
+    return F.cross_entropy(logps[[winner, *losers]], torch.tensor(0))
+
+
+def simpo_by_hand(logps, winner, losers):
+    return torch.stack([-torch.log(torch.sigmoid(0.3 * (logps[winner] - logps[loser]) - 0.8)) for loser in losers]).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "term"), [("orpo", orpo_by_hand), ("softmax", softmax_by_hand), ("simpo", simpo_by_hand)], ids=["orpo", "softmax", "simpo"]
+)
+def test_the_whole_pool_as_losers_equals_a_loop(family, loss, term, tiny, tokenizer, tmp_path):
+    rows = pairs()
+    model = adapted(tiny, family)
+    expected = by_hand(model, rows, term)
+    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    gradients = dict(zip(named, torch.autograd.grad(expected, list(named.values())), strict=True))
+    trainer = trainer_of(adapted(tiny, family), rows, tokenizer, settings(tmp_path, 6, 1), loss=loss, negatives="all", gamma=0.8)
+    found, log = gradients_of_one_step(trainer)
+    assert log["loss"] == pytest.approx(expected.item(), abs=1e-5)
+    for name in gradients:
+        assert_close(found[name], gradients[name], atol=1e-5, rtol=1e-4)
+
+
+def test_simpo_of_pairs_counts_every_pair(tiny, tokenizer, tmp_path):
+    rows = pairs("titles")
+    model = adapted(tiny, "llama")
+    terms = []
+    for row in rows:
+        means = []
+        for side in ("chosen_ids", "rejected_ids"):
+            logps = model(input_ids=torch.tensor([row["prompt_ids"] + row[side]])).logits[0].log_softmax(-1)
+            means.append(sum(logps[len(row["prompt_ids"]) - 1 + at, token] for at, token in enumerate(row[side])) / len(row[side]))
+        terms.append(-F.logsigmoid(0.3 * (means[0] - means[1]) - 0.5).item())
+    trainer = trainer_of(model, rows, tokenizer, settings(tmp_path, 2, 3), loss="simpo")
+    _, log = gradients_of_one_step(trainer)
+    assert log["loss"] == pytest.approx(np.mean(terms), abs=1e-5)
+
+
+def test_a_pool_of_two_is_a_pair(tiny, tokenizer, tmp_path):
+    """Where every winner has its one loser, list-wise and pair-wise are the same."""
+    rows = [row | {"pool_ids": row["chosen_ids"] + row["rejected_ids"]} for row in pairs()]
+    rows = list({tuple(row["prompt_ids"]): row for row in rows}.values())
+    found, expected = (
+        gradients_of_one_step(trainer_of(adapted(tiny, "llama"), rows, tokenizer, settings(tmp_path, 6, 1), negatives=negatives))
+        for negatives in ("all", 1)
+    )
+    assert_same_step(found, expected)
+
+
+def test_label_ids_are_the_pool_of_all_rows(tiny, tokenizer, tmp_path):
+    without = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in pairs()]
+    trainer = trainer_of(adapted(tiny, "llama"), without, tokenizer, settings(tmp_path, 6, 1), negatives="all", label_ids=LETTERS)
+    assert all(sorted(group["completions"]) == [[letter] for letter in LETTERS] for group in trainer.train_dataset)
+    assert all(len(losers) == 3 for group in trainer.train_dataset for losers in group["losers"])
+
+
+@pytest.mark.parametrize("loss", ["orpo", "softmax"])
+def test_train_orpo_takes_the_pool_from_the_candidates_shown(loss, tiny, tokenizer, tmp_path):
+    labels = {f"({letter})": token for letter, token in zip("ABCD", LETTERS, strict=True)}
+    rows = [
+        {"prompt": "first one: ", "chosen": "(A)", "rejected": "(C)", "pool_items": [7, 3, 9]},
+        {"prompt": "and the second: ", "chosen": "(D)", "rejected": "(A)", "pool_items": [5, 7, 3, 1]},
+    ]
+    same = [
+        {"prompt_ids": tokenizer(row["prompt"]).input_ids, "chosen_ids": [labels[row["chosen"]]], "pool_ids": LETTERS[:size]}
+        for row, size in zip(rows, (3, 4), strict=True)
+    ]
+    model = adapted(tiny, "llama")
+    expected = by_hand(model, same, orpo_by_hand if loss == "orpo" else softmax_by_hand).item()
+    orpo = Orpo(batch=2, accumulation=1, beta=0.3, loss=loss, negatives="all")
+    result = train_orpo(model, tokenizer, rows, orpo, tmp_path, encode=lambda prompt: tokenizer(prompt).input_ids, label_ids=labels)
+    assert result.log[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+# ------------------------------------------------------------------ rows
+
+
+def test_text_rows_are_tokenised_as_in_trl(tiny, tokenizer, tmp_path):
+    rows = [{"prompt": "which: ", "chosen": "A", "rejected": "Bc"}, {"prompt": "which: ", "chosen": "Cde", "rejected": "A"}]
     data = Dataset.from_list(rows)
     stock = ORPOTrainer(adapted(tiny, "gpt2"), settings(tmp_path, 2, 1), train_dataset=data, processing_class=tokenizer)
-    ours = SharedPromptORPOTrainer(adapted(tiny, "gpt2"), settings(tmp_path, 2, 1), train_dataset=data, processing_class=tokenizer)
-    (group,) = ours.train_dataset
-    for at in range(2):
-        assert group["prompt_ids"] + [group["chosen"][at], tokenizer.eos_token_id] == stock.train_dataset[at]["chosen_input_ids"]
-        assert group["prompt_ids"] + [group["rejected"][at], tokenizer.eos_token_id] == stock.train_dataset[at]["rejected_input_ids"]
+    for end_of_text in (False, True):
+        ours = trainer_of(adapted(tiny, "gpt2"), rows, tokenizer, settings(tmp_path, 2, 1), end_of_text=end_of_text)
+        (group,) = ours.train_dataset
+        for row in range(2):
+            for side, number in (("chosen", group["winners"][row]), ("rejected", group["losers"][row][0])):
+                ids = group["prompt_ids"] + group["completions"][number] + ([] if end_of_text else [tokenizer.eos_token_id])
+                assert ids == stock.train_dataset[row][f"{side}_input_ids"]
+
+
+def test_stock_trl_and_ours_agree_on_text_rows(tiny, tokenizer, tmp_path):
+    rows = [
+        {"prompt": "which: ", "chosen": "Abc", "rejected": "B"},
+        {"prompt": "which: ", "chosen": "Abc", "rejected": "Cd"},
+        {"prompt": "now: ", "chosen": "A", "rejected": "Abcd"},
+    ]
+    data = Dataset.from_list(rows)
+    stock = ORPOTrainer(adapted(tiny, "llama"), settings(tmp_path, 3, 1), train_dataset=data, processing_class=tokenizer)
+    ours = trainer_of(adapted(tiny, "llama"), rows, tokenizer, settings(tmp_path, 3, 1), nll_on="sequence", end_of_text=True)
+    assert_same_step(gradients_of_one_step(ours), gradients_of_one_step(stock))
 
 
 def test_evaluation_gives_the_training_loss_of_the_same_rows(tiny, tokenizer, tmp_path):
-    rows = Dataset.from_list(pairs())
+    rows = Dataset.from_list(pairs("titles"))
     trainer = SharedPromptORPOTrainer(
         adapted(tiny, "llama"),
         settings(tmp_path, 6, 1, per_device_eval_batch_size=6),
@@ -162,34 +290,59 @@ def test_evaluation_gives_the_training_loss_of_the_same_rows(tiny, tokenizer, tm
     assert measured["eval_loss"] == pytest.approx(log["loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["letters", "titles"])
+def test_prompts_without_pairs_weigh_nothing(family, kind, tiny, tokenizer, tmp_path):
+    trainer = trainer_of(adapted(tiny, family), pairs(kind), tokenizer, settings(tmp_path, 6, 1), nll_on="sequence")
+    groups = trainer.train_dataset
+    empty = {"prompt_ids": [50], "completions": [], "winners": [], "losers": [], "rows": [], "length": 1}
+
+    def loss_and_gradients(some):
+        trainer.model.zero_grad()
+        batch = trainer.collate(some)
+        loss, _ = trainer.window_loss(trainer.model, batch, trainer.batch_sizes(batch))
+        loss.backward()
+        return loss.item(), {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+    expected, gradients = loss_and_gradients(groups)
+    found, same = loss_and_gradients([empty, *groups[:3], empty, *groups[3:]])
+    assert found == pytest.approx(expected, abs=1e-5)
+    for name in gradients:
+        assert_close(same[name], gradients[name], atol=1e-5, rtol=1e-4)
+    nothing, zeros = loss_and_gradients([empty, empty])
+    assert nothing == 0
+    assert not any(gradient.any() for gradient in zeros.values())
+
+
 def test_lora_dropout_stays_on(tiny, tokenizer, tmp_path):
-    trainer = SharedPromptORPOTrainer(
-        adapted(tiny, "llama", dropout=0.5), settings(tmp_path, 6, 1), train_dataset=Dataset.from_list(pairs()), processing_class=tokenizer
-    )
+    trainer = trainer_of(adapted(tiny, "llama", dropout=0.5), pairs(), tokenizer, settings(tmp_path, 6, 1))
     assert {module.p for name, module in trainer.model.named_modules() if "lora_dropout.default" in name} == {0.5}
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt_ids": [40] * 64, "chosen_ids": [21], "rejected_ids": [22]}, "row 1: 65 tokens, max_length is 64"),
-        ({"prompt_ids": [40], "chosen_ids": [21, 22], "rejected_ids": [22]}, "row 1: the chosen completion is 2 tokens"),
+        ({"prompt_ids": [40] * 62, "chosen_ids": [21], "rejected_ids": [22, 23, 24]}, "row 1: 65 tokens, max_length is 64"),
+        ({"prompt_ids": [], "chosen_ids": [21], "rejected_ids": [22]}, "row 1: the prompt is empty"),
         ({"prompt_ids": [40], "chosen_ids": [21], "rejected_ids": []}, "row 1: the rejected completion is 0 tokens"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_named(row, message, tiny, tokenizer, tmp_path):
-    rows = Dataset.from_list([{"prompt_ids": [40, 41], "chosen_ids": [21], "rejected_ids": [22]}, row])
+    rows = [{"prompt_ids": [40, 41], "chosen_ids": [21], "rejected_ids": [22]}, row]
     with pytest.raises(UserError, match=message):
-        SharedPromptORPOTrainer(adapted(tiny, "gpt2"), settings(tmp_path, 2, 1), train_dataset=rows, processing_class=tokenizer)
+        trainer_of(adapted(tiny, "gpt2"), rows, tokenizer, settings(tmp_path, 2, 1))
+
+
+def test_settings_that_do_not_go_together_are_refused(tiny, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="choose all"):
+        trainer_of(adapted(tiny, "gpt2"), pairs(), tokenizer, settings(tmp_path, 2, 1), loss="softmax")
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_rows(tiny, tokenizer, tmp_path):
     model = adapted(tiny, "llama")
     model.get_input_embeddings().weight.data[40] = float("nan")
-    rows = Dataset.from_list([{"prompt_ids": [40, 41], "chosen_ids": [21], "rejected_ids": [22]}] * 2)
-    trainer = SharedPromptORPOTrainer(model, settings(tmp_path, 2, 1), train_dataset=rows, processing_class=tokenizer)
+    rows = [{"prompt_ids": [40, 41], "chosen_ids": [21], "rejected_ids": [22]}] * 2
     with pytest.raises(UserError, match=r"step 1, rows \[0, 1\]"):
-        trainer.train()
+        trainer_of(model, rows, tokenizer, settings(tmp_path, 2, 1)).train()
 
 
 def test_no_pairs(tiny, tokenizer, tmp_path):
@@ -197,59 +350,8 @@ def test_no_pairs(tiny, tokenizer, tmp_path):
         train_orpo(adapted(tiny, "gpt2"), tokenizer, [], Orpo(), tmp_path, encode=list, label_ids={})
 
 
-# ------------------------------------------------------------------ the loss by itself
-
-
-class BetaAndDevice:
-    """What TRL's method reads from its trainer."""
-
-    beta = 0.7
-    accelerator = type("", (), {"device": "cpu"})()
-
-
-@pytest.mark.parametrize("low", [-2.0, -30.0, -1e3])
-def test_loss_equals_trls(low):
-    chosen = torch.linspace(low, -1e-7, 101)
-    rejected = chosen.flip(0) * 0.9
-    expected, *_ = ORPOTrainer.odds_ratio_loss(BetaAndDevice(), chosen, rejected)
-    losses, log_sigmoid, log_odds = orpo_loss(chosen, rejected, beta=0.7)
-    assert_close(losses, -expected)
-    assert_close(log_sigmoid, expected / 0.7)
-    assert torch.isfinite(log_odds).all()
-
-
-@pytest.mark.parametrize("logp", [0.0, -1e-12, -1e4, -3e38])
-def test_loss_and_gradient_are_finite_everywhere(logp):
-    for chosen, rejected in [(logp, -1.0), (-1.0, logp), (logp, logp)]:
-        inputs = torch.tensor([chosen], requires_grad=True), torch.tensor([rejected], requires_grad=True)
-        losses, _, _ = orpo_loss(*inputs, beta=1.0)
-        gradients = torch.autograd.grad(losses.sum(), inputs)
-        assert torch.isfinite(losses).all()
-        assert all(torch.isfinite(gradient).all() for gradient in gradients)
-
-
-def test_equal_probabilities_give_log_two():
-    logps = torch.tensor([-0.1, -1.0, -20.0])
-    assert_close(orpo_loss(logps, logps, beta=1.0)[0], torch.full((3,), math.log(2)))
-
-
-def test_gradient_is_the_papers():
-    """Equations 6-8 of the paper: -delta h, with delta the odds' share and h the gradients over 1 - p."""
-    chosen = torch.tensor([-0.3, -2.0, -0.01, -9.0], requires_grad=True)
-    rejected = torch.tensor([-1.0, -0.2, -5.0, -8.0], requires_grad=True)
-    losses, _, _ = orpo_loss(chosen, rejected, beta=1.0)
-    found = torch.autograd.grad(losses.sum(), (chosen, rejected))
-    p, q = chosen.detach().double().exp(), rejected.detach().double().exp()
-    delta = 1 / (1 + (p / (1 - p)) / (q / (1 - q)))
-    assert_close(found[0].double(), -delta / (1 - p), rtol=1e-4, atol=1e-6)
-    assert_close(found[1].double(), delta / (1 - q), rtol=1e-4, atol=1e-6)
-
-
 def test_beta_zero_leaves_the_winners_nll(tiny, tokenizer, tmp_path):
-    trainer = SharedPromptORPOTrainer(
-        adapted(tiny, "llama"), settings(tmp_path, 6, 1, beta=0.0), train_dataset=Dataset.from_list(pairs()), processing_class=tokenizer
-    )
-    _, log = gradients_of_one_step(trainer)
+    _, log = gradients_of_one_step(trainer_of(adapted(tiny, "llama"), pairs(), tokenizer, settings(tmp_path, 6, 1, beta=0.0)))
     assert log["loss"] == pytest.approx(log["nll_loss"])
     assert log["rewards/margins"] == 0
     assert 0 < log["rewards/accuracies"] < 1
