@@ -17,7 +17,8 @@ from transformers import TrainingArguments
 
 from llmrec.config import Tuning
 from llmrec.rankers.letters import last_logits, pad
-from llmrec.rankers.tuning import Sums, TrainResult, WindowTrainer, arguments, checked_rows, fit
+from llmrec.rankers.tuning import Sums, TrainResult, WindowTrainer, arguments, checked_rows, fit, limits
+from llmrec.rankers.validation import ValidationPrompts
 
 
 class LetterTrainer(WindowTrainer):
@@ -29,16 +30,17 @@ class LetterTrainer(WindowTrainer):
 
     def window_loss(self, model: nn.Module, batch: dict[str, Any], window: Tensor) -> tuple[Tensor, Sums]:
         """Cross-entropy of the answers, as a share of the step's."""
-        logits, answers = last_logits(model, batch["input_ids"], batch["lengths"]), batch["answers"]
+        logits, answers = last_logits(model, batch["input_ids"], batch["lengths"])[batch["asked"]], batch["answers"]
         right = (logits.argmax(-1) == answers).sum()
         return F.cross_entropy(logits, answers, reduction="sum") / window[0], {"mean_token_accuracy": (right, len(answers))}
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """input_ids (rows, longest), lengths (rows,), answers (rows,), and the rows' numbers."""
+    """input_ids (rows, longest), lengths (rows,), answers and the places of their rows (answers,), and the rows' numbers."""
     ids, lengths = pad([row["prompt_ids"] for row in rows], pad_id=0)
-    answers = torch.tensor([row["completion_ids"][0] for row in rows])
-    return {"input_ids": ids, "lengths": lengths, "answers": answers, "rows": [row["row"] for row in rows]}
+    asked = torch.tensor([at for at, row in enumerate(rows) if row["completion_ids"]], dtype=torch.int64)
+    answers = torch.tensor([token for row in rows for token in row["completion_ids"]], dtype=torch.int64)
+    return {"input_ids": ids, "lengths": lengths, "asked": asked, "answers": answers, "rows": [row["row"] for row in rows]}
 
 
 def train_sft(
@@ -50,6 +52,7 @@ def train_sft(
     encode: Callable[[str], list[int]],
     label_ids: Mapping[str, int],
     seed: int = 0,
+    prompts: ValidationPrompts | None = None,
 ) -> TrainResult:
     """Tune the trainable adapter of `model` to answer with the right letter; it goes on by itself after being killed.
 
@@ -61,6 +64,7 @@ def train_sft(
         encode: prompt -> token ids, `PromptWriter.encode`.
         label_ids: completion -> token id.
         seed: order of rows and dropout.
+        prompts: for validation, where `tuning.eval_steps` asks for it.
 
     Raises:
         UserError: rows that cannot be trained on, or a loss that is not finite.
@@ -73,4 +77,5 @@ def train_sft(
     args = TrainingArguments(**arguments(tuning, folder, seed))
     if tuning.gradient_checkpointing:
         model.enable_input_require_grads()  # the frozen embedding would cut the graph; TRL's trainer does it by itself
-    return fit(LetterTrainer(model, args, train_dataset=data, data_collator=collate), Path(folder), "sft")
+    trainer = LetterTrainer(model, args, train_dataset=data, data_collator=collate, **limits(tuning))
+    return fit(trainer, Path(folder), "sft", tuning, prompts)

@@ -1,12 +1,17 @@
-"""What SFT and ORPO have in common: a loss over whole optimiser steps, an order of rows, checkpoints, the log.
+"""What SFT and ORPO have in common: a loss over whole optimiser steps, their cutting into forward passes, checkpoints, the log.
 
 A run that is killed at any moment and started again ends with the same adapter, bit by bit on CPU: the order of rows depends
 on seed and epoch alone, random states travel in the checkpoints, and a checkpoint that was cut off while being written is
 passed over for the one before.
+
+Several processes share the rows of each step and make what one process would make, up to rounding; with dropout each draws
+its own, so that results agree only as two seeds of the dropout do. The same holds for another `max_tokens_per_batch`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import resource
 import shutil
@@ -18,13 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import Sampler
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from llmrec import distributed
 from llmrec.config import Tuning
 from llmrec.errors import UserError
 from llmrec.progress import track
+from llmrec.rankers.steps import Steps, deal
+from llmrec.rankers.validation import METRIC, RankingValidation, ValidationPrompts
 
 Sums = dict[str, tuple[Tensor, Tensor | float]]
 """Metrics of a batch: name -> (sum, how many); logged as their quotient over a step, or as the sum where "how many" is 0."""
@@ -37,9 +46,10 @@ class TrainResult:
     Attributes:
         steps: optimiser steps.
         seconds: time in them, over all starts of a run that was resumed.
-        tokens_per_second: prompt tokens, without padding.
-        peak_memory_mb: of the GPU where there is one, else of the process.
+        tokens_per_second: prompt tokens, without padding, of all processes.
+        peak_memory_mb: of the GPU where there is one, else of the process; of the process that took most.
         log: one row per step, as in train_log.jsonl.
+        kept_step: the step whose adapter the model has: the last, or with validation the best one.
     """
 
     steps: int
@@ -47,6 +57,7 @@ class TrainResult:
     tokens_per_second: float
     peak_memory_mb: int
     log: list[dict[str, float]]
+    kept_step: int
 
 
 class WindowTrainer(Trainer):
@@ -54,31 +65,80 @@ class WindowTrainer(Trainer):
 
     The usual way, a mean of the batches' means, weighs the rows of a small last batch more than others. A subclass
     says with `batch_sizes` how much a batch holds and with `window_loss` what it adds to the step's loss.
+
+    A step has batch x accumulation x processes rows, as in any Trainer. How they are cut into forward passes is decided
+    here: at most the batch size, or with `max_tokens_per_batch` as many as that holds; see `steps.deal`.
+
+    Rows are dicts with prompt_ids, length (tokens) and lists of what is asked about the prompt. With these lists empty a
+    row weighs nothing, which keeps a process busy that has fewer passes than others; collator and loss must take such rows.
+
+    Args:
+        *args: of the next trainer's constructor.
+        max_tokens_per_batch: padded tokens of a forward pass at most; a longer row has a pass of its own.
+        prompts_per_step: rows of an optimiser step, on all processes together, in place of the product above.
+        **kwargs: of the next trainer's constructor.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, max_tokens_per_batch: int | None = None, prompts_per_step: int | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.args = copy.copy(self.args)  # the caller may make another trainer with his
+        self.max_tokens_per_batch = max_tokens_per_batch
+        accumulated = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self.prompts_per_step = prompts_per_step or accumulated
+        self.args.gradient_accumulation_steps = 1  # the Trainer's loop gets a whole step at a time
+        self._sums: dict[str, list[Any]] = defaultdict(lambda: [0.0, 0.0])
+        self._tokens = 0
+        self._mark = time.perf_counter()
 
     def batch_sizes(self, batch: dict[str, Any]) -> Tensor:
         """What the loss is divided by, as far as this batch goes, (k,) float32."""
         raise NotImplementedError
 
-    def window_loss(self, model: torch.nn.Module, batch: dict[str, Any], window: Tensor) -> tuple[Tensor, Sums]:
+    def window_loss(self, model: nn.Module, batch: dict[str, Any], window: Tensor) -> tuple[Tensor, Sums]:
         """This batch's share of the step's loss, given the sum of `batch_sizes` over the step."""
         raise NotImplementedError
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of a step, and what they hold together on all processes."""
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        window = torch.stack([self.batch_sizes(batch) for batch in samples]).sum(0).to(device)
-        return samples, self.accelerator.reduce(window, "sum")
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `transformers.Trainer`."""
+        self._mark = time.perf_counter()
+        return super().train(*args, **kwargs)
 
-    def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def get_train_dataloader(self) -> DataLoader:
+        """The rows of one optimiser step at a time, the same on all processes."""
+        rows: Any = self.train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return StepLoader(rows, batch_sampler=Steps([row["length"] for row in rows], self.prompts_per_step, seed), collate_fn=list)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """This process's forward passes of the next step, and what the step holds on all processes."""
+        rows = next(epoch_iterator)
+        lengths = [row["length"] for row in rows]
+        self._tokens += sum(lengths)
+        at_most = self.args.train_batch_size if self.max_tokens_per_batch is None else None
+        passes = deal(lengths, at_most, self.max_tokens_per_batch, self.args.world_size)[self.args.process_index]
+        batches = [self.data_collator([rows[at] for at in places] or [_weightless(rows[0])]) for places in passes]
+        window = torch.stack([self.batch_sizes(batch) for batch in batches]).sum(0).to(device)
+        return [{"passes": batches}], self.accelerator.reduce(window, "sum")
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of all passes of a step; the processes exchange gradients once, with the last."""
+        loss = torch.zeros((), device=self.args.device)
+        *first, last = inputs["passes"]
+        for batch in first:
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            with self._alone(model):
+                loss += super().training_step(model, batch, num_items_in_batch)
+        self.accelerator.gradient_state._set_sync_gradients(True)
+        return loss + super().training_step(model, last, num_items_in_batch)
+
+    def _alone(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return contextlib.nullcontext()  # it looks at sync_gradients by itself
+        return self.accelerator.no_sync(model=model)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """This batch's share of the step's loss.
 
         Raises:
@@ -89,57 +149,52 @@ class WindowTrainer(Trainer):
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, rows {inputs['rows']}: lower the learning rate"
             )
-        sums["tokens"] = (inputs["lengths"].sum(), 0)
-        totals = torch.tensor([[float(total), float(count)] for total, count in sums.values()], device=loss.device)
-        for name, (total, count) in zip(sums, self.accelerator.reduce(totals, "sum").tolist(), strict=True):
-            self._totals[name][0] += total
-            self._totals[name][1] += count
+        for name, (total, count) in sums.items():
+            self._sums[name][0] += total
+            self._sums[name][1] += count
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the means of the steps' metrics with the loss."""
+        """Log with the loss the means of the steps' metrics over all processes, tokens, seconds and memory."""
         if "loss" in logs:
-            logs |= {name: total / count if count else total for name, (total, count) in self._totals.items()}
-            self._totals.clear()
+            now = time.perf_counter()
+            seconds, self._mark = now - self._mark, now
+            mine = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+            found = distributed.gather((mine, peak_memory_mb()))
+            for name in dict.fromkeys(name for sums, _ in found for name in sums):
+                total, count = (sum(sums.get(name, (0.0, 0.0))[part] for sums, _ in found) for part in (0, 1))
+                logs[name] = total / count if count else total
+            logs |= {"tokens": self._tokens, "seconds": round(seconds, 3), "tokens_per_second": round(self._tokens / seconds, 1)}
+            logs["peak_memory_mb"] = max(peak for _, peak in found)
+            self._sums.clear()
+            self._tokens = 0
         super().log(logs, start_time)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroups([row["length"] for row in rows], step, self.args.data_seed or self.args.seed)
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of a step, as the Trainer counts them for a batch."""
+        return sum(super(WindowTrainer, self).floating_point_ops(batch) for batch in inputs["passes"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Random states of all processes are there before the file that marks a checkpoint as whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
 
-class LengthGroups(Sampler[int]):
-    """Rows of similar length in one optimiser step, steps in random order; both depend on seed and epoch alone.
+class StepLoader(DataLoader):
+    """A loader that tells its sampler the epoch; the Trainer looks for `set_epoch` here."""
 
-    Args:
-        lengths: tokens of each row.
-        step: rows of an optimiser step.
-        seed: of the order.
-    """
-
-    def __init__(self, lengths: Sequence[int], step: int, seed: int):
-        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
+    batch_sampler: Steps
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before every epoch."""
-        self.epoch = epoch
+        self.batch_sampler.set_epoch(epoch)
 
-    def __len__(self) -> int:
-        return len(self.lengths)
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        whole = len(order) // self.step * self.step
-        steps = []
-        for start in range(0, whole, self.step * 16):  # a pool of 16 steps keeps the choice random
-            pool = sorted(order[start : min(start + self.step * 16, whole)], key=lambda row: self.lengths[row])
-            steps += [pool[at : at + self.step] for at in range(0, len(pool), self.step)]
-        for at in torch.randperm(len(steps), generator=generator).tolist():
-            yield from steps[at]
-        yield from order[whole:]  # the short step comes last, because batches are cut from this order
+def _weightless(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of one token about which nothing is asked."""
+    asked: dict[str, list[Any]] = {name: [] for name, value in row.items() if isinstance(value, list)}
+    return {**row, **asked, "prompt_ids": row["prompt_ids"][:1], "length": 1}
 
 
 def arguments(tuning: Tuning, folder: str | Path, seed: int) -> dict[str, Any]:
@@ -161,25 +216,77 @@ def arguments(tuning: Tuning, folder: str | Path, seed: int) -> dict[str, Any]:
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": tuning.report_to,
-        "disable_tqdm": True,  # `Log` has its own bar, on stderr
+        "disable_tqdm": True,  # `Bar` is ours, on stderr
         "seed": seed,
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,  # the weights are in bfloat16 and the adapter in float32; there is no autocast
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # every pass goes through all of the adapter
         "remove_unused_columns": False,
     }
 
 
-def fit(trainer: WindowTrainer, folder: Path, description: str) -> TrainResult:
-    """Train, going on from the last complete checkpoint in the trainer's output `folder`, and write train_log.jsonl there."""
+def limits(tuning: Tuning) -> dict[str, int | None]:
+    """Our settings in the words of `WindowTrainer`: the same rows make a step however many processes share them."""
+    for name in ("max_tokens_per_batch", "eval_steps", "eval_users", "patience"):
+        value = vars(tuning)[name]
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1, or null")
+    return {"max_tokens_per_batch": tuning.max_tokens_per_batch, "prompts_per_step": tuning.batch * tuning.accumulation}
+
+
+def fit(
+    trainer: WindowTrainer, folder: Path, description: str, tuning: Tuning | None = None, prompts: ValidationPrompts | None = None
+) -> TrainResult:
+    """Train, going on from the last complete checkpoint in the trainer's output `folder`, and write train_log.jsonl there.
+
+    Args:
+        trainer: with rows and settings.
+        folder: its output folder.
+        description: of the progress bar.
+        tuning: says how often `prompts` are asked, and the patience.
+        prompts: for validation; the best adapter is the one that stays in the model.
+    """
     trainer.remove_callback(PrinterCallback)  # it prints to stdout
-    trainer.add_callback(Log(description))
-    set_seed(trainer.args.seed)  # dropout; a checkpoint's own state takes its place
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-    log = [row for row in trainer.state.log_history if "loss" in row]
-    (folder / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    trainer.add_callback(Bar(description))
+    validation = None
+    if prompts is not None and tuning is not None and tuning.eval_steps is not None:
+        validation = RankingValidation(trainer, prompts, folder, tuning.eval_steps, tuning.patience)
+        trainer.add_callback(validation)
+    set_seed(trainer.args.seed + trainer.args.process_index)  # dropout; a checkpoint's own state takes its place
+    with distributed.main_first():
+        checkpoint = last_complete_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    _unshard(trainer)
+    kept = trainer.state.global_step if validation is None else validation.restore_best()
+    log = _by_step(trainer.state.log_history)
+    if distributed.is_main():
+        (folder / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     seconds, tokens = sum(row["seconds"] for row in log), sum(row["tokens"] for row in log)
-    return TrainResult(trainer.state.global_step, seconds, tokens / seconds, peak_memory_mb(), log)
+    peak = max(int(row["peak_memory_mb"]) for row in log)
+    return TrainResult(trainer.state.global_step, seconds, tokens / seconds, peak, log, kept)
+
+
+def _by_step(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """One row per optimiser step: its loss and metrics, and what was validated after it."""
+    rows: dict[float, dict[str, float]] = defaultdict(dict)
+    for row in history:
+        if "loss" in row or METRIC in row:  # and not the summary at the end
+            rows[row["step"]] |= row
+    return list(rows.values())
+
+
+def _unshard(trainer: WindowTrainer) -> None:
+    """Where FSDP or ZeRO has split the adapter over the processes, put it together on rank 0, which saves it."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if distributed.is_main():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        for name, parameter in list(model.named_parameters()):
+            if parameter.requires_grad:
+                module, _, own = name.rpartition(".")
+                setattr(model.get_submodule(module), own, nn.Parameter(whole[name]))
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
@@ -203,24 +310,17 @@ def peak_memory_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-class Log(TrainerCallback):
-    """Progress on stderr, and the seconds of each step in the Trainer's log."""
+class Bar(TrainerCallback):
+    """Progress on stderr: steps done, time taken, time left."""
 
     def __init__(self, description: str):
         self.description = description
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar, as far along as a resumed run is."""
-        self.bar = iter(track(range(state.max_steps + 1), self.description, total=state.max_steps))
-        for _ in range(state.global_step + 1):
-            next(self.bar)
-        self.mark = time.perf_counter()
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add seconds since the last step, checkpoints included."""
-        now = time.perf_counter()
-        state.log_history[-1]["seconds"] = round(now - self.mark, 3)
-        self.mark = now
+        left = range(state.global_step, state.max_steps + 1)
+        self.bar = iter(track(left, self.description, total=state.max_steps, done=state.global_step))
+        next(self.bar)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""

@@ -18,7 +18,7 @@ from llmrec.errors import UserError
 from llmrec.rankers.backbone import load_base, save_adapter, with_lora
 from llmrec.rankers.orpo import train_orpo
 from llmrec.rankers.sft import LetterTrainer, collate, train_sft
-from llmrec.rankers.tuning import LengthGroups, arguments, last_complete_checkpoint
+from llmrec.rankers.tuning import arguments, last_complete_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rankers.json"
 LETTERS = {"A": 33, "B": 34, "C": 35}
@@ -68,13 +68,13 @@ from llmrec.config import Base
 from llmrec.rankers.backbone import load_base, load_tokenizer
 from llmrec.rankers import tuning
 
-class LogThenKill(tuning.Log):
+class KillAfterStep(tuning.Bar):
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control)
         if state.global_step == int(sys.argv[5]):
             os._exit(9)
 
-tuning.Log = LogThenKill
+tuning.Bar = KillAfterStep
 test_tuning.train(sys.argv[2], load_base(sys.argv[3], Base(dtype="float32")), load_tokenizer(sys.argv[3]), Path(sys.argv[4]))
 """
 
@@ -114,7 +114,8 @@ def test_a_checkpoint_at_the_end_of_an_epoch_resumes(saved_llama, tokenizer, tmp
 
 
 def without_seconds(log):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in log]
+    measured = {"seconds", "tokens_per_second", "peak_memory_mb"}
+    return [{name: value for name, value in row.items() if name not in measured} for row in log]
 
 
 def test_checkpoints_hold_the_adapter_but_not_the_base(saved_llama, tokenizer, tmp_path):
@@ -142,7 +143,10 @@ def test_log_and_result(saved_llama, tokenizer, tmp_path):
     epoch = sum(row["tokens"] for row in result.log[:4])
     assert epoch == sum(len(encode(row["prompt"])) for row in rows(28)[::2])
     assert result.tokens_per_second == pytest.approx(3 * epoch / result.seconds)
-    assert result.peak_memory_mb > 0
+    assert result.peak_memory_mb == max(row["peak_memory_mb"] for row in result.log) > 0
+    for row in result.log:
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"], rel=0.1, abs=100)
+    assert result.kept_step == 12
 
 
 def test_it_learns(saved_llama, tokenizer, tmp_path):
@@ -210,37 +214,60 @@ def test_unknown_completion_and_empty_prompt(saved_llama, tmp_path):
         train_sft(model, [], Tuning(), tmp_path, encode=encode, label_ids=LETTERS)
 
 
-# ------------------------------------------------------------------ the order of rows
+# ------------------------------------------------------------------ the budget of a forward pass
 
 
-@pytest.mark.parametrize("count", [1, 7, 8, 9, 200, 203])
-def test_an_epoch_has_every_row_once(count):
-    order = list(LengthGroups([1 + at * 7 % 50 for at in range(count)], step=8, seed=0))
-    assert sorted(order) == list(range(count))
+@pytest.mark.parametrize("kind", ["sft", "orpo"])
+def test_a_token_budget_bounds_the_passes_and_changes_no_number(kind, saved_llama, tokenizer, tmp_path):
+    results, sizes = [], []
+    for budget in (None, 50):
+        base = load_base(saved_llama, Base(dtype="float32"))
+        seen: list[torch.Size] = []
+        base.register_forward_pre_hook(lambda module, _, inputs, seen=seen: seen.append(inputs["input_ids"].shape), with_kwargs=True)
+        results.append(train(kind, base, tokenizer, tmp_path / str(budget), dropout=0.0, epochs=1, max_tokens_per_batch=budget))
+        sizes.append(seen)
+    (expected, weights), (found, same_weights) = results
+    assert_close(same_weights, weights, atol=1e-4, rtol=1e-4)
+    for row, other in zip(without_seconds(found.log), without_seconds(expected.log), strict=True):
+        assert row == pytest.approx(other, abs=1e-4)
+    assert max(rows for rows, _ in sizes[0]) == TUNING["batch"]
+    assert all(rows * longest <= 50 or rows == 1 for rows, longest in sizes[1])
+    assert max(rows for rows, _ in sizes[1]) > 1
+    assert len(sizes[1]) > len(sizes[0])
 
 
-def test_order_depends_on_seed_and_epoch_alone():
-    lengths = [1 + at * 7 % 50 for at in range(100)]
-    sampler = LengthGroups(lengths, step=8, seed=3)
-    first = list(sampler)
-    assert list(sampler) == first
-    sampler.set_epoch(1)
-    assert list(sampler) != first
-    assert list(LengthGroups(lengths, step=8, seed=4)) != first
-    sampler.set_epoch(0)
-    torch.rand(3)
-    assert list(sampler) == first
+def test_a_budget_may_take_more_rows_than_the_batch(saved_llama, tokenizer, tmp_path):
+    base = load_base(saved_llama, Base(dtype="float32"))
+    seen: list[int] = []
+    base.register_forward_pre_hook(lambda module, _, inputs: seen.append(len(inputs["input_ids"])), with_kwargs=True)
+    train("sft", base, tokenizer, tmp_path, epochs=1, max_tokens_per_batch=1000)
+    assert seen == [4, 4, 4, 2]
 
 
-def test_steps_pad_little():
-    lengths = torch.randint(100, 500, (400,), generator=torch.Generator().manual_seed(0)).tolist()
-    order = list(LengthGroups(lengths, step=8, seed=0))
+def test_a_killed_run_with_a_budget_goes_on_to_the_same_adapter(saved_llama, tokenizer, tmp_path):
+    """Dropout draws for every pass, so that the passes have to be the same ones, too."""
+    _, expected = train("orpo", load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path / "whole", max_tokens_per_batch=50)
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-10", folder / "checkpoint-10")
+    _, found = train("orpo", load_base(saved_llama, Base(dtype="float32")), tokenizer, folder, max_tokens_per_batch=50)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
-    def padded(rows):
-        return sum(max(lengths[row] for row in rows[at : at + 8]) * 8 for at in range(0, 400, 8))
 
-    assert padded(order) < 1.1 * sum(lengths)
-    assert padded(list(range(400))) > 1.4 * sum(lengths)
+@pytest.mark.parametrize("setting", ["max_tokens_per_batch", "eval_steps", "eval_users", "patience"])
+def test_settings_below_one_are_refused(setting, saved_llama, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=f"{setting} is 0: it must be at least 1"):
+        train("sft", load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path, **{setting: 0})
+
+
+def test_one_set_of_arguments_serves_two_trainers(tiny, tmp_path):
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(**arguments(Tuning(batch=2, accumulation=3), tmp_path, 0))
+    data = [{"row": at, "prompt_ids": [40 + at] * 3, "completion_ids": [33], "length": 3} for at in range(3)]
+    for _ in range(2):
+        trainer = LetterTrainer(with_lora(tiny("llama"), Lora(), seed=0), args, train_dataset=data, data_collator=collate)
+        assert trainer.prompts_per_step == 6
 
 
 # ------------------------------------------------------------------ recorded losses
