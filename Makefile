@@ -4,12 +4,16 @@ RETRIEVER ?= 2mamba4rec
 RANKER    ?= llamarec-smollm2-135m
 RECIPE    ?= quick
 VARIANT   ?=
+ACCELERATE ?=
+NPROC     ?=
 ARGS      ?=
 PYTHON    ?= python3
 
 BIN    := .venv/bin
 DATA   := --dataset $(DATASET)
-RANKING = $(DATA) --retriever $(RETRIEVER) --ranker $(RANKER) --recipe $(RECIPE) $(if $(VARIANT),--variant $(VARIANT)) $(ARGS)
+# e.g. ACCELERATE=fsdp2 NPROC=8: retrieve, sft, orpo and evaluate go through `accelerate launch` (recipes/accelerate)
+LAUNCH  = $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(if $(NPROC),--processes $(NPROC)) $(ARGS)
+RANKING = $(DATA) --retriever $(RETRIEVER) --ranker $(RANKER) --recipe $(RECIPE) $(if $(VARIANT),--variant $(VARIANT)) $(LAUNCH)
 
 .PHONY: help setup prepare retrieve pairs sft orpo evaluate runs doctor test test-slow lint clean
 
@@ -29,7 +33,7 @@ prepare: setup   ## raw files -> tables, split
 	@$(BIN)/llmrec prepare --chain $(DATA) $(ARGS)
 
 retrieve: setup  ## train a retriever, write candidates
-	@$(BIN)/llmrec retrieve --chain $(DATA) --retriever $(RETRIEVER) $(ARGS)
+	@$(BIN)/llmrec retrieve --chain $(DATA) --retriever $(RETRIEVER) $(LAUNCH)
 
 pairs: setup     ## prompts, SFT rows, preference pairs
 	@$(BIN)/llmrec pairs --chain $(RANKING)

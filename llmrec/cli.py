@@ -1,7 +1,7 @@
 """The command line: `llmrec COMMAND [--config FILE ...] [--key.sub value ...]`.
 
-Settings come from, each over the one before: defaults, the recipes named by --dataset, --retriever, --ranker and
---recipe, `--config` files in their order, options. Nothing here imports torch.
+Settings come from, each over the one before: defaults, the recipes named by --dataset, --retriever, --recipe and
+--ranker, `--config` files in their order, options. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import json
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
@@ -18,7 +19,7 @@ from typing import Any, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from llmrec import process, resources
+from llmrec import distributed, process, resources
 from llmrec.config import Config
 from llmrec.errors import StageFailed, UserError
 from llmrec.stages import RECIPES, STAGES, recipe_files_of
@@ -30,19 +31,26 @@ SUMMARY = {
     "sft": "fine-tune the language model to answer with the letter of the next item",
     "orpo": "tune it on preference pairs with ORPO",
     "evaluate": "rank the candidates of the test users, compare, and write report.html",
+    "export": "write the tuned ranker as a folder to hand on: the adapter, or (--merged) the whole model",
     "runs": "list what exists, with its headline metric",
     "doctor": "print versions, devices, kernels and caches, and what is missing",
 }
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the texts under the settings of config.py are their help
 
 FIELDS = [field.name for field in fields(Config)]
+HEAD_START = 3.0  # seconds in which the launcher ends all processes after one has failed
 
 
 def entry() -> None:
     """The `llmrec` program."""
+    if distributed.launched():
+        process.die_with_parent()  # the launcher
     if sys.argv[1:2] and sys.argv[1] in STAGES:
         process.restart()
-    sys.exit(main())
+    code = main()
+    if code == 0:
+        distributed.leave()
+    sys.exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,15 +80,26 @@ def main(argv: list[str] | None = None) -> int:
             near = difflib.get_close_matches(command, SUMMARY, n=1)
             raise UserError(f"unknown command '{command}'{f', did you mean {near[0]}?' if near else ''} The commands: {', '.join(SUMMARY)}")
     except UserError as error:
-        name = f"llmrec {command}" if command in SUMMARY else "llmrec"
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(f"llmrec {command}" if command in SUMMARY else "llmrec", error)
         return 2
     except StageFailed as failed:
         return failed.code
+    except Exception:
+        if distributed.world_size() > 1:  # most likely another process has failed, and its message is the one to read
+            time.sleep(HEAD_START)
+        raise
     except KeyboardInterrupt:
         print(f"llmrec {command}: interrupted. Run the same command again: it goes on from its last checkpoint.", file=sys.stderr)
         return 130
     return 0
+
+
+def _complain(name: str, error: UserError) -> None:
+    """One line on stderr. Where all processes stumble over the same, rank 0 speaks and the launcher ends the others meanwhile."""
+    if not distributed.is_main():
+        time.sleep(HEAD_START)
+        name = f"{name} (process {distributed.rank()} of {distributed.world_size()})"
+    print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 def _overview() -> str:
@@ -114,20 +133,24 @@ def _stage(command: str, arguments: list[str]) -> None:
     config, options = read_settings(command, arguments)
     from llmrec.stages import execution
 
+    launcher = execution.launcher(options.accelerate, options.processes)
+    if launcher and not options.chain:
+        raise UserError("--accelerate goes with --chain; one stage alone: accelerate launch --config_file FILE -m llmrec ...")
     if options.dry_run:
         outcome = execution.dry_run(command, config, force=options.force, chained=options.chain)
     elif options.chain:
-        outcome = execution.chain(command, config, force=options.force)
+        outcome = execution.chain(command, config, force=options.force, launcher=launcher)
     else:
         outcome = execution.one(command, config, force=options.force)
-    print(json.dumps(outcome))
+    if distributed.is_main():
+        print(json.dumps(outcome))
 
 
 def read_settings(command: str, arguments: list[str]) -> tuple[Config, Namespace]:
     """Parse a stage command's arguments over its recipes.
 
     Returns:
-        The settings, and the options `dry_run`, `force` and `chain`.
+        The settings, and the options `dry_run`, `force`, `chain`, `accelerate` and `processes`.
 
     Raises:
         UserError: for an unknown option or a value that does not fit; it names the nearest option.
@@ -164,7 +187,14 @@ def _parser(command: str) -> ArgumentParser:
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, what is up to date and what it costs")
     parser.add_argument("--force", action="store_true", help="make the run folder again, though it is finished or was made differently")
     parser.add_argument("--chain", action="store_true", help="first run the stages this one needs; those up to date are skipped")
-    parser.add_class_arguments(Config, skip={name for name in FIELDS if name not in STAGES[command].options}, as_group=False)
+    parser.add_argument(
+        "--accelerate", help="with --chain: share stages among processes as this file of recipes/accelerate says, or a path"
+    )
+    parser.add_argument("--processes", type=int, help="with --accelerate: how many, in place of what the file says")
+    options = STAGES[command].options
+    parser.add_class_arguments(Config, skip={name for name in FIELDS if name not in options or name == "merged"}, as_group=False)
+    if "merged" in options:  # a flag, like those above
+        parser.add_argument("--merged", action="store_true", help="the whole model with the adapter in its weights")
     return parser
 
 

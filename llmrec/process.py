@@ -31,6 +31,6 @@ def restart() -> None:
 
 
 def die_with_parent() -> None:
-    """For a child before it starts: be killed when the parent is, so that no orphan works on unseen (Linux)."""
+    """For a child, before or as it starts: be killed when the parent is, so that no orphan works on unseen (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmrec import distributed
 from llmrec.config import Config
 from llmrec.errors import UserError
 from llmrec.machine import cpu_name, git_revision, peak_memory_mb, versions
@@ -31,7 +32,8 @@ from llmrec.stages import STAGES, Stage, run_folder
 
 def say(message: str) -> None:
     """Tell the person at the terminal (stderr: stdout is for tables and the JSON line)."""
-    print(message, file=sys.stderr, flush=True)
+    if distributed.is_main():
+        print(message, file=sys.stderr, flush=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -179,16 +181,25 @@ def refuse_overwrite(run: Run) -> None:
 def working(run: Run) -> Iterator[Run]:
     """Make the partial folder, take it up again if it was begun from the same, and rename it when the block ends well.
 
+    Of several processes rank 0 does this; the others enter the block when the folder is there and leave when it is finished.
+
     Raises:
         UserError: the folder cannot be written, the disk is full, or another process is at work in it.
     """
+    if not distributed.is_main():
+        distributed.barrier()
+        yield run
+        distributed.barrier()
+        return
     begun = time.time()
     lock = None
     try:
         lock = _begin(run)
+        distributed.barrier()
         yield run
         run.seconds = time.time() - begun
         _finish(run)
+        distributed.barrier()
     except OSError as error:
         if lock is not None:
             _tidy(run)

@@ -2,6 +2,9 @@
 
 Every epoch leaves a checkpoint, and an epoch's data order and dropout come from (seed, epoch) alone, so a killed
 training goes on from its last epoch and ends with the same weights on CPU.
+
+Several processes share the windows of every step and add their gradients up, which gives one process's weights up to rounding.
+Dropout and the negatives of `bce` are each process's own; with them results agree only as those of two seeds do.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmrec import config
+from llmrec import config, distributed
 from llmrec.data.sequences import Cases, Sequences
 from llmrec.errors import UserError
 from llmrec.progress import track
@@ -108,7 +113,8 @@ def train(
         row = {"epoch": epoch, "loss": loss}
         if epoch % training.validate_every == 0 or epoch == training.epochs:
             scorer = SequenceScorer(model, training.max_length)
-            ranked = rank(scorer, sequences, validate, 1, repeats=True, batch=batch).target_rank
+            mine = validate.take(distributed.share(len(validate)))
+            ranked = distributed.gather_rows(rank(scorer, sequences, mine, 1, repeats=True, batch=batch).target_rank)
             row["valid_ndcg@10"] = float(np.where(ranked <= 10, 1 / np.log2(ranked + 1.0), 0.0).mean())
             if row["valid_ndcg@10"] > progress.best:
                 progress.best, progress.best_epoch = row["valid_ndcg@10"], epoch
@@ -117,6 +123,7 @@ def train(
         progress.seconds += time.perf_counter() - begun
         progress.log.append(row)
         _checkpoint(model, optimiser, progress, checkpoints)
+    distributed.barrier()  # rank 0 has written it
     model.load_state_dict(load_file(checkpoints / "best.safetensors"))
     return progress
 
@@ -177,7 +184,7 @@ def train_epoch(
     """One epoch, whose pieces, order, negatives and dropout come from (seed, epoch) alone.
 
     Returns:
-        The mean loss of its targets.
+        The mean loss of its targets, on all processes.
 
     Raises:
         UserError: when the loss is not finite.
@@ -193,18 +200,37 @@ def train_epoch(
     for step, (inputs, targets) in enumerate(batches):
         for group in optimiser.param_groups:
             group["lr"] = training.learning_rate * _rate((epoch - 1) * steps + step, steps, training)
-        inputs, targets = inputs.to(device), targets.to(device)
-        loss = _loss(model, inputs, targets, training)
+        rows = _own_rows(len(inputs))
+        real, own = int((targets > 0).sum()), int((targets[rows] > 0).sum())
+        weight = own / real if distributed.rank() < len(inputs) else 0.0
+        noise = (seed, epoch, step, distributed.rank())
+        loss = weight * _loss(model, inputs[rows].to(device), targets[rows].to(device), training, noise)
         if not torch.isfinite(loss):
             raise UserError(f"the loss of epoch {epoch}, step {step} is {loss.item()}: try a lower training.learning_rate")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        distributed.sum_gradients(model.parameters())
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
         optimiser.step()
-        real = int((targets > 0).sum())
         total += loss.item() * real
         count += real
-    return total / count
+    return sum(distributed.gather(total)) / count
+
+
+def _own_rows(count: int) -> slice:
+    """This process's rows of a step; a process for which there is none takes the first, to count nothing."""
+    return slice(distributed.rank(), None, distributed.world_size()) if distributed.rank() < count else slice(1)
+
+
+@contextmanager
+def _own_noise(*seed: int) -> Iterator[None]:
+    """Random numbers of this process's own, while those that are drawn outside of the block stay the same on all processes."""
+    if distributed.world_size() == 1:
+        yield
+        return
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(int(np.random.default_rng(seed).integers(2**62)))
+        yield
 
 
 def _rate(step: int, steps_per_epoch: int, training: config.Training) -> float:
@@ -216,16 +242,18 @@ def _rate(step: int, steps_per_epoch: int, training: config.Training) -> float:
     return warmed * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _loss(model: SequenceModel, inputs: Tensor, targets: Tensor, training: config.Training) -> Tensor:
-    """Mean loss of the real targets of a batch, (batch, length) both."""
+def _loss(model: SequenceModel, inputs: Tensor, targets: Tensor, training: config.Training, noise: tuple[int, ...] = ()) -> Tensor:
+    """Mean loss of the real targets of a batch, (batch, length) both; `noise` seeds what is each process's own."""
     row, column = targets.nonzero().unbind(1)
-    vectors, targets = model(inputs).flatten(0, 1).index_select(0, row * inputs.shape[1] + column), targets[row, column]
+    with _own_noise(*noise):
+        vectors, targets = model(inputs).flatten(0, 1).index_select(0, row * inputs.shape[1] + column), targets[row, column]
     if training.loss == "full_softmax":
         repeats = None if model.repeat_bias is None else (Seen.at(inputs, row, column), model.repeat_bias)
         return losses.full_softmax(vectors, model.item_vectors(), targets, repeats)
     stop = model.items.num_embeddings
     if training.loss == "bce":
-        others = torch.randint_like(targets, 1, stop - 1)
+        with _own_noise(*noise, 1):
+            others = torch.randint_like(targets, 1, stop - 1)
         others += others >= targets  # all items but the target
         return losses.bce(vectors, model.item_vectors(targets), model.item_vectors(others))
     ids = torch.randint(1, stop, (training.negatives,), device=targets.device)
@@ -236,6 +264,8 @@ def _loss(model: SequenceModel, inputs: Tensor, targets: Tensor, training: confi
 
 
 def _save(path: Path, tensors: dict[str, Tensor], note: str = "") -> None:
+    if not distributed.is_main():
+        return
     beside = path.with_name(f".{path.name}.tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata={"note": note})
     os.replace(beside, path)

@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmrec.config import Config, Retrieval
+from llmrec.config import Config, Retrieval, Tuning
 from llmrec.templates import load_template
 
-RECIPES = {"dataset": "recipes/datasets", "retriever": "recipes/retrievers", "ranker": "recipes/rankers", "recipe": "recipes/orpo"}
+# later ones win: a ranker may say how it must be trained
+RECIPES = {"dataset": "recipes/datasets", "retriever": "recipes/retrievers", "recipe": "recipes/orpo", "ranker": "recipes/rankers"}
 # settings that change no result; keep_states adds a file, which `_retrieve` sees to
-NOT_SEMANTIC = {"save_steps", "report_to", "licence", "wheel", "urls", "checksums", "keep_states"}
+NOT_SEMANTIC = {"save_steps", "report_to", "licence", "wheel", "urls", "checksums", "keep_states", "shape", "max_tokens_per_batch"}
 
 DATA = ("dataset", "runs", "seed", "source", "filter", "split")
 RETRIEVER = (*DATA, "retriever", "retrieval", "model", "training", "lightfm")
@@ -63,6 +64,7 @@ class Stage:
         folder: gives the name of its run folder, or None where a stage has one folder per data set.
         needs: gives the stages it reads, each with the config that made it.
         uses_base: whether the base model's weights are an input.
+        shards: tells whether several processes can share the work.
         schema: raised when the stage's output changes for the same settings.
     """
 
@@ -72,6 +74,7 @@ class Stage:
     folder: Callable[[Config], str | None]
     needs: Callable[[Config], list[tuple[str, Config]]]
     uses_base: bool = False
+    shards: Callable[[Config], bool] = lambda config: False
     schema: int = 1
 
 
@@ -129,11 +132,23 @@ def _adapters(config: Config) -> list[tuple[str, Config]]:
     return [("sft", config), ("orpo", config)] if config.orpo.start == "sft" else [("orpo", config)]
 
 
+def _validation(config: Config, tuning: Tuning) -> list[tuple[str, Config]]:
+    """Where validation prompts come from."""
+    return [("prepare", config), ("retrieve", config)] if tuning.eval_steps is not None else []
+
+
 STAGES = {
     stage.name: stage
     for stage in (
         Stage("prepare", DATA, _prepare, lambda c: None, lambda c: []),
-        Stage("retrieve", RETRIEVER, _retrieve, retriever_name, lambda c: [("prepare", c)]),
+        Stage(
+            "retrieve",
+            RETRIEVER,
+            _retrieve,
+            retriever_name,
+            lambda c: [("prepare", c)],
+            shards=lambda c: c.retrieval.kind == "sequence",
+        ),
         Stage(
             "pairs",
             RANKER,
@@ -147,16 +162,18 @@ STAGES = {
             (*RANKER, "lora", "sft"),
             lambda c: _settings(c, "base", "lora", "sft", "seed"),
             ranker_name,
-            lambda c: [("pairs", c)],
+            lambda c: [("pairs", c), *_validation(c, c.sft)],
             uses_base=True,
+            shards=lambda c: True,
         ),
         Stage(
             "orpo",
             (*RANKER, "lora", "sft", "orpo"),
             lambda c: _settings(c, "base", "lora", "orpo", "seed"),
             ranker_name,
-            lambda c: [("pairs", c), *([("sft", c)] if c.orpo.start == "sft" else [])],
+            lambda c: [("pairs", c), *([("sft", c)] if c.orpo.start == "sft" else []), *_validation(c, c.orpo)],
             uses_base=True,
+            shards=lambda c: True,
         ),
         Stage(
             "evaluate",
@@ -164,6 +181,15 @@ STAGES = {
             lambda c: _settings(c, "base", "prompt", "evaluation", "limit_users", "seed") | _template(c),
             ranker_name,
             _before_evaluate,
+            uses_base=True,
+            shards=lambda c: True,
+        ),
+        Stage(
+            "export",
+            (*RANKER, "lora", "sft", "orpo", "evaluation", "merged"),
+            lambda c: _settings(c, "base", "merged"),
+            lambda c: ranker_name(c) + (".merged" if c.merged else ""),
+            lambda c: [("orpo", c)],
             uses_base=True,
         ),
     )

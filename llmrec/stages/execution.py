@@ -13,12 +13,13 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import yaml
 
-from llmrec import machine, process, runs
+from llmrec import distributed, machine, process, resources, runs
 from llmrec.config import Config
 from llmrec.errors import StageFailed, UserError
 from llmrec.runs import Run, say
@@ -26,7 +27,7 @@ from llmrec.stages import STAGES, forecast, inputs, run_folder, upstream
 
 
 def one(stage: str, config: Config, *, force: bool = False) -> dict[str, Any]:
-    """Run a stage unless it is up to date.
+    """Run a stage unless it is up to date; of several processes each calls this.
 
     Returns:
         What the command prints as its last line.
@@ -36,13 +37,21 @@ def one(stage: str, config: Config, *, force: bool = False) -> dict[str, Any]:
     """
     from llmrec.cli import stage_function
 
-    run = runs.plan(stage, config, inputs.fingerprints(stage, config))
+    if distributed.world_size() > 1 and not STAGES[stage].shards(config):
+        raise UserError(f"{stage} works in one process: run it without accelerate launch")
+    distributed.join()
+    with distributed.main_first():
+        run = runs.plan(stage, config, inputs.fingerprints(stage, config))
     if run.up_to_date and not force:
         say(f"{run.folder}: up to date")
         return outcome(run, "up to date")
     if not force:
         runs.refuse_overwrite(run)
-    say(f"{stage}: {forecast.of(stage, config)} -> {run.folder}")
+    if distributed.is_main():
+        say(f"{stage}: {forecast.of(stage, config) or forecast.UNKNOWN} -> {run.folder}")
+    if STAGES[stage].uses_base:
+        with distributed.main_first():
+            inputs.base_folder(config)  # dequantised by one of them
     # transformers renames its own settings; nothing a user of ours could do about it
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # peft looks on the hub for a grown vocabulary whenever the Trainer saves a checkpoint; ours never grows
@@ -53,14 +62,39 @@ def one(stage: str, config: Config, *, force: bool = False) -> dict[str, Any]:
     return outcome(run, "made")
 
 
-def chain(stage: str, config: Config, *, force: bool = False) -> dict[str, Any]:
+def launcher(accelerate: str | None, processes: int | None) -> list[str]:
+    """What comes between `python` and `-m llmrec` where several processes share a stage; nothing where one does it.
+
+    Args:
+        accelerate: a file of recipes/accelerate by name, or a path.
+        processes: how many, in place of what the file says.
+
+    Raises:
+        UserError: there is no such file, or a number without a file.
+    """
+    if accelerate is None:
+        if processes is not None:
+            raise UserError("--processes needs --accelerate, e.g. --accelerate ddp (make: ACCELERATE=ddp)")
+        return []
+    path = resources.find("recipes/accelerate", accelerate)
+    count = [] if processes is None else ["--num_processes", str(processes)]
+    return ["-m", "accelerate.commands.launch", "--config_file", str(path), *count]
+
+
+def chain(stage: str, config: Config, *, force: bool = False, launcher: Sequence[str] = ()) -> dict[str, Any]:
     """Run the stages that `stage` rests on and then it, each in a process of its own; skip what is up to date.
 
     Args:
         stage: the last stage.
         config: all settings.
         force: make `stage` again, and the stages before it whose folders were made differently.
+        launcher: of `launcher`, for the stages that several processes can share.
+
+    Raises:
+        UserError: a mistake the user can mend.
     """
+    if distributed.launched():
+        raise UserError("--chain starts processes of its own: leave accelerate launch away and give --accelerate and --processes")
     steps = [*upstream(stage, config), (stage, config)]
     made = []
     for name, its_config in steps:
@@ -70,7 +104,7 @@ def chain(stage: str, config: Config, *, force: bool = False) -> dict[str, Any]:
             continue
         if not force:
             runs.refuse_overwrite(run)
-        _run_in_process(name, its_config, force=force)
+        _run_in_process(name, its_config, force=force, launcher=launcher if STAGES[name].shards(its_config) else ())
         made.append(str(run.folder))
     run = runs.plan(stage, config, inputs.fingerprints(stage, config))
     summary = run.folder / "summary.txt"
@@ -96,9 +130,12 @@ def dry_run(stage: str, config: Config, *, force: bool = False, chained: bool = 
             elif run.up_to_date and not (force and name == stage):
                 state = "up to date"
         estimate = forecast.of(name, its_config)
-        say(f"{name:<9}{folder}: {state}{f' ({estimate})' if state == 'would be made' else ''}{f'; fetches {missing}' if missing else ''}")
+        cost = f" ({estimate or forecast.UNKNOWN})" if state == "would be made" else ""
+        say(f"{name:<9}{folder}: {state}{cost}{f'; fetches {missing}' if missing else ''}")
         stale = stale or state != "up to date"
-        steps.append({"stage": name, "folder": str(folder), "state": state} | (asdict(estimate) if state == "would be made" else {}))
+        steps.append(
+            {"stage": name, "folder": str(folder), "state": state} | (asdict(estimate) if estimate and state == "would be made" else {})
+        )
     return {"command": stage, "status": "dry run", "steps": steps}
 
 
@@ -114,14 +151,15 @@ def outcome(run: Run, status: str) -> dict[str, Any]:
     )
 
 
-def _run_in_process(stage: str, config: Config, *, force: bool) -> None:
+def _run_in_process(stage: str, config: Config, *, force: bool, launcher: Sequence[str]) -> None:
     """Run a stage as the command a user would type, with all settings in one file."""
     values = asdict(config)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump({key: values[key] for key in STAGES[stage].options}, file)
         file.flush()
-        command = [sys.executable, "-P", "-m", "llmrec", stage, "--config", file.name, *(["--force"] if force else [])]
-        environment = {**process.SETTINGS, **os.environ}
+        command = [sys.executable, *launcher, "-m", "llmrec", stage, "--config", file.name, *(["--force"] if force else [])]
+        # no module of the current folder shadows a library
+        environment = {**process.SETTINGS, **os.environ, "PYTHONSAFEPATH": "1"}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=process.die_with_parent, check=False)
     *text, line = done.stdout.splitlines() or [""]
     if text:

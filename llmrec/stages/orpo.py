@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from llmrec import distributed
 from llmrec.runs import Run
 from llmrec.stages import inputs
-from llmrec.stages.tuned import encoder, rows_of, save_tuned
+from llmrec.stages.tuned import encoder, rows_of, save_tuned, validation_prompts
 
 
 def orpo(run: Run) -> None:
@@ -14,8 +15,10 @@ def orpo(run: Run) -> None:
     """
     from llmrec.rankers.backbone import load_adapter, load_base, with_lora
     from llmrec.rankers.orpo import train_orpo
+    from llmrec.rankers.preference_losses import check_settings
 
     config = run.config
+    check_settings(config.orpo.loss, config.orpo.nll_on, config.orpo.negatives, config.orpo.beta, config.orpo.gamma)
     writer = encoder(config)
     base = load_base(inputs.base_folder(config), config.base)
     if config.orpo.start == "sft":
@@ -25,6 +28,15 @@ def orpo(run: Run) -> None:
     rows = rows_of(run, "preferences")
     labels = dict(zip(writer.answers, writer.labels, strict=True))
     result = train_orpo(
-        model, writer.tokenizer, rows, config.orpo, run.checkpoints, encode=writer.encode, label_ids=labels, seed=config.seed
+        model,
+        writer.tokenizer,
+        rows,
+        config.orpo,
+        run.checkpoints,
+        encode=writer.encode,
+        label_ids=labels,
+        seed=config.seed,
+        prompts=validation_prompts(run, writer, config.orpo),
     )
-    save_tuned(run, model, writer, result)
+    if distributed.is_main():
+        save_tuned(run, model, writer, result)

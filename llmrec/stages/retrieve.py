@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
-from llmrec import machine, runs
-from llmrec.config import Config
+from llmrec import distributed, machine, runs
+from llmrec.config import Config, Retrieval
 from llmrec.data.sequences import Cases, Sequences
 from llmrec.data.tables import list_column, load_sequences, load_statistics
 from llmrec.errors import UserError
 from llmrec.evaluation import metrics, protocol
 from llmrec.runs import Run, say
+
+if TYPE_CHECKING:
+    from llmrec.retrievers.candidates import Ranked
 
 
 def retrieve(run: Run) -> None:
@@ -27,7 +30,7 @@ def retrieve(run: Run) -> None:
     """
     from safetensors.torch import save_file
 
-    from llmrec.retrievers import candidates, training
+    from llmrec.retrievers import training
 
     config = run.config
     if config.retrieval.kind == "sequence":
@@ -36,13 +39,15 @@ def retrieve(run: Run) -> None:
         _check_states(config)
     sequences = load_sequences(run.input("prepare"))
     scorer, state, trained = _train(config, sequences, run)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, run.work / "model.safetensors")
+    asked = {split: sequences.cases(split) for split in ("valid", "test")}
+    answers = {split: _ranked(scorer, sequences, cases, config.retrieval) for split, cases in asked.items()}
+    if not distributed.is_main():
+        return
 
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, run.work / "model.safetensors")
     tables, per_user, result = [], [], {}
-    batch = candidates.rows_per_batch(sequences.item_count)
-    for split in ("valid", "test"):
-        cases = sequences.cases(split)
-        ranked = candidates.rank(scorer, sequences, cases, config.retrieval.candidates, repeats=config.retrieval.repeats, batch=batch)
+    for split, cases in asked.items():
+        ranked = answers[split]
         result[split] = metrics.summary(ranked.target_rank)
         result[f"{split}_masked"] = metrics.summary(ranked.target_rank_masked)
         tables.append(_candidate_table(cases, ranked))
@@ -57,7 +62,7 @@ def retrieve(run: Run) -> None:
         config,
         data_fingerprint=run.inputs[str(run.input("prepare"))],
         ambiguous_targets=facts["ambiguous_targets"]["test"],
-        users_evaluated=len(cases),
+        users_evaluated=len(asked["test"]),
         candidate_set=f"all {sequences.item_count} items",
         history_masked=False,
     )
@@ -144,7 +149,17 @@ def _keep_states(model: Any, sequences: Sequences, path: Path) -> None:
     say(f"states of {len(histories):,} users after all their events, {size:.0f} MB: for recommendations to come; no evaluation uses them")
 
 
-def _candidate_table(cases: Cases, ranked: Any) -> pl.DataFrame:
+def _ranked(scorer: Any, sequences: Sequences, cases: Cases, retrieval: Retrieval) -> Ranked:
+    """The catalogue ranked for all cases; several processes share them."""
+    from llmrec.retrievers.candidates import Ranked, rank, rows_per_batch
+
+    mine = cases.take(distributed.share(len(cases)))
+    batch = rows_per_batch(sequences.item_count)
+    ranked = rank(scorer, sequences, mine, retrieval.candidates, repeats=retrieval.repeats, batch=batch)
+    return Ranked(**{name: distributed.gather_rows(rows) for name, rows in vars(ranked).items()})
+
+
+def _candidate_table(cases: Cases, ranked: Ranked) -> pl.DataFrame:
     return pl.DataFrame(
         {
             "user": cases.users,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from llmrec import distributed
 from llmrec.runs import Run
 from llmrec.stages import inputs
-from llmrec.stages.tuned import encoder, rows_of, save_tuned
+from llmrec.stages.tuned import encoder, rows_of, save_tuned, validation_prompts
 
 
 def sft(run: Run) -> None:
@@ -20,5 +21,7 @@ def sft(run: Run) -> None:
     model = with_lora(load_base(inputs.base_folder(config), config.base), config.lora, config.seed)
     rows = rows_of(run, "sft")
     labels = dict(zip(writer.answers, writer.labels, strict=True))
-    result = train_sft(model, rows, config.sft, run.checkpoints, encode=writer.encode, label_ids=labels, seed=config.seed)
-    save_tuned(run, model, writer, result)
+    prompts = validation_prompts(run, writer, config.sft)
+    result = train_sft(model, rows, config.sft, run.checkpoints, encode=writer.encode, label_ids=labels, seed=config.seed, prompts=prompts)
+    if distributed.is_main():
+        save_tuned(run, model, writer, result)

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 
 from llmrec import runs
-from llmrec.config import Config
-from llmrec.data.tables import load_titles
+from llmrec.config import Config, Tuning
+from llmrec.data.tables import load_sequences, load_titles
+from llmrec.errors import UserError
 from llmrec.prompting import PromptWriter
 from llmrec.runs import Run, say
 from llmrec.stages import dataset_name, inputs, retriever_name, run_folder
 from llmrec.stages.pairs import prompt_writer
-from llmrec.templates import save_prompt
+from llmrec.stages.scoring import questions_of
+from llmrec.templates import load_template, save_prompt
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from llmrec.rankers.tuning import TrainResult
+    from llmrec.rankers.validation import ValidationPrompts
+
+MEASURED = {"seconds", "tokens_per_second", "peak_memory_mb"}
+"""What a row of the log says of this machine."""
 
 
 def encoder(config: Config) -> PromptWriter:
@@ -30,44 +37,80 @@ def encoder(config: Config) -> PromptWriter:
 
 
 def rows_of(run: Run, table: str) -> list[dict[str, Any]]:
-    """The rows of `pairs`, texts only."""
+    """The rows of `pairs`: texts, and the candidates that the prompt shows."""
     found = pl.read_parquet(run.input("pairs") / f"{table}.parquet")
-    return found.select([name for name in ("prompt", "completion", "chosen", "rejected") if name in found.columns]).to_dicts()
+    return found.select([name for name in ("prompt", "completion", "chosen", "rejected", "pool_items") if name in found.columns]).to_dicts()
+
+
+def validation_prompts(run: Run, writer: PromptWriter, tuning: Tuning) -> ValidationPrompts | None:
+    """What a tuning is validated on: prompts of validation users as `evaluate` asks them, or None where it is not validated.
+
+    Raises:
+        UserError: no validation user can be asked.
+    """
+    if tuning.eval_steps is None:
+        return None
+    from llmrec.rankers.validation import ValidationPrompts
+
+    config = replace(run.config, evaluation=replace(run.config.evaluation, valid_users=tuning.eval_users, orders=1))
+    asked = questions_of(config, run, load_sequences(run.input("prepare")), writer, "valid")
+    kept = [at for at, prompts in enumerate(asked.rows) if prompts]
+    if not kept:
+        raise UserError(
+            f"no validation target is among the top {config.prompt.candidates}: nothing to validate on. Try more users, another "
+            f"retriever, or {run.stage.name}.eval_steps null"
+        )
+    shown = np.take_along_axis(asked.items[kept], asked.order[kept, 0], axis=1)
+    return ValidationPrompts([asked.rows[at][0] for at in kept], shown, asked.targets[kept], writer.labels, config.evaluation.batch)
 
 
 def save_tuned(run: Run, model: PeftModel, writer: PromptWriter, result: TrainResult) -> None:
     """Write the adapter as plain peft reads it, with tokenizer, prompt, card, log and numbers."""
     from llmrec.rankers.backbone import save_adapter
-    from llmrec.rankers.cards import model_card
+    from llmrec.rankers.validation import METRIC
 
     config, work = run.config, run.work
     save_adapter(model, work, config.base)
     writer.tokenizer.save_pretrained(work)
     save_prompt(work / "prompt.yaml", writer.template, writer.config)
     shutil.copy(run.checkpoints / "train_log.jsonl", work / "train_log.jsonl")
-    weights = inputs.weights_origin(config)
-    run.origin = {"weights": weights, "licence": config.base.licence or ""}
-    made_from = json.loads((run.input("pairs") / "metrics.json").read_text())
+    run.origin = {"weights": inputs.weights_origin(config), "licence": config.base.licence or ""}
     facts: dict[str, Any] = {
         "steps": result.steps,
         "seconds": round(result.seconds, 1),
         "tokens_per_second": round(result.tokens_per_second),
         "peak_memory_mb": result.peak_memory_mb,
-        "final": {name: value for name, value in result.log[-1].items() if name != "seconds"},
+        "final": {name: value for name, value in result.log[-1].items() if name not in MEASURED},
+        "kept_step": result.kept_step,
+        "validation": [{"step": row["step"], "ndcg@10": row[METRIC]} for row in result.log if METRIC in row],
     }
     runs.write_json(work / "metrics.json", facts)
-    card = model_card(
-        stage=run.stage.name,
-        base=config.base,
-        weights=weights,
-        data=f"{dataset_name(config)}, candidates of {retriever_name(config)}",
-        data_licence=config.source.licence,
-        rows=made_from,
-        lora=asdict(config.lora),
-        tuning=asdict(config.sft if run.stage.name == "sft" else config.orpo),
-        prompt=writer.template.name,
-        result=facts,
-    )
-    (work / "README.md").write_text(card, encoding="utf-8")
+    (work / "README.md").write_text(card(config, run.stage.name, facts), encoding="utf-8")
     run.headline = {"loss": result.log[-1]["loss"], "steps": result.steps}
     say(f"{result.steps} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, last loss {result.log[-1]['loss']:.3f}")
+
+
+def card(config: Config, stage: str, facts: dict[str, Any], *, merged: bool = False) -> str:
+    """The model card of what `stage` tuned.
+
+    Args:
+        config: of the run.
+        stage: "sft" or "orpo".
+        facts: its metrics.json.
+        merged: the folder holds the whole model.
+    """
+    from llmrec.rankers.cards import model_card
+
+    return model_card(
+        stage=stage,
+        base=config.base,
+        weights=inputs.weights_origin(config),
+        data=f"{dataset_name(config)}, candidates of {retriever_name(config)}",
+        data_licence=config.source.licence,
+        rows=json.loads((run_folder("pairs", config) / "metrics.json").read_text()),
+        lora=asdict(config.lora),
+        tuning=asdict(config.sft if stage == "sft" else config.orpo),
+        prompt=load_template(config.prompt.template).name,
+        result=facts,
+        merged=merged,
+    )

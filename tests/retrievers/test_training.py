@@ -201,9 +201,9 @@ def test_a_mixer_that_sees_the_future_is_not_trained_on_all_positions(windows, c
 def test_a_prefix_has_one_target_the_item_after_it(counting, tmp_path, monkeypatch):
     real, batches = training._loss, []
 
-    def watched(model, inputs, targets, how):
+    def watched(model, inputs, targets, *how):
         batches.append((inputs, targets))
-        return real(model, inputs, targets, how)
+        return real(model, inputs, targets, *how)
 
     monkeypatch.setattr(training, "_loss", watched)
     fit("hydra", counting, tmp_path / "a", epochs=1, windows="prefixes", prefixes_per_user=2)
