@@ -202,18 +202,28 @@ class PromptWriter:
         """Ids of the answers, read where training reads them: after a real prompt."""
         pool = list(range(1, len(self.titles)))[: self.config.candidates]
         prompt = self._render(pool[:1], pool, self.config.title_tokens)
-        labels = []
+        labels: list[int] = []
         for answer in self.answers:
             row = self.encode(prompt.text + answer)
-            if row[:-1] != prompt.ids or row[-1] in labels:
-                raise UserError(
-                    f"template {self.template.name}: tokenizer {self.tokenizer.name_or_path!r} does not turn the answer {answer!r} into "
-                    "one token of its own after the prompt; use a template whose layout ends differently"
-                )
-            labels.append(row[-1])
+            own = row[len(prompt.ids) :]
+            if row[: len(prompt.ids)] != prompt.ids:
+                wrong = "merges it with the end of the prompt"
+            elif len(own) != 1:
+                wrong = f"makes {len(own)} tokens of it"
+            elif own[0] in labels:
+                wrong = f"makes the token of it that {self.answers[labels.index(own[0])]!r} has"
+            else:
+                labels += own
+                continue
+            raise UserError(
+                f"template {self.template.name}: the answer {answer!r} is not one token of its own after the prompt, tokenizer "
+                f"{self.tokenizer.name_or_path!r} {wrong}; choose a template whose layout ends with a newline and whose answer is "
+                "'{letter}', or one that ends with a word and answers ' {letter}', or another base model"
+            )
         return labels
 
 
-def shuffled(pool: Sequence[int] | np.ndarray, seed: int, user: int) -> list[int]:
-    """The pool in an order that depends on seed and user alone (and on the order it comes in)."""
-    return [int(item) for item in np.random.default_rng([seed, user]).permutation(np.asarray(pool))]
+def shuffled(pool: Sequence[int] | np.ndarray, seed: int, user: int, number: int = 0) -> list[int]:
+    """The pool in an order that depends on seed and user alone (and on the order it comes in); `number` gives the user others."""
+    entropy = [seed, user, number] if number else [seed, user]
+    return [int(item) for item in np.random.default_rng(entropy).permutation(np.asarray(pool))]

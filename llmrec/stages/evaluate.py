@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from llmrec import runs
+from llmrec import distributed, runs
 from llmrec.config import Config
 from llmrec.data.sequences import Sequences
 from llmrec.data.tables import list_column, load_sequences, load_statistics, load_titles
@@ -43,6 +43,8 @@ def evaluate(run: Run) -> None:
             )
     systems = ["sft", "orpo"] if config.orpo.start == "sft" else ["orpo"]
     answers, seconds_ranker = score(run, systems, asked, writer)
+    if not distributed.is_main():
+        return
 
     valid, test = asked["valid"], asked["test"]
     weight, curve = fusion.choose_weight(valid.scores, answers["orpo", "valid"], valid.items, valid.targets)
