@@ -52,7 +52,7 @@ from llmrec.cli import read_settings
 from llmrec.config import Base, Config, Lora
 from llmrec.data.tables import load_titles
 from llmrec.prompting import PromptWriter
-from llmrec.rankers.backbone import float_head, load_base, load_tokenizer, resolve_dtype, with_lora
+from llmrec.rankers.backbone import compile_layers, float_head, load_base, load_tokenizer, resolve_dtype, with_lora
 from llmrec.rankers.letters import letter_logprobs
 from llmrec.rankers.orders import letter_logprobs_of_orders
 from llmrec.rankers.orpo import ORPOConfig, ORPOTrainer, SharedPromptORPOTrainer
@@ -221,7 +221,7 @@ def padding_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<pad>": PAD}, "<pad>")), pad_token="<pad>")
 
 
-def trainer_of(side: str, model: Model, rows: list[dict[str, list[int]]], prompts: int, folder: str) -> ORPOTrainer:
+def trainer_of(side: str, model: Model, rows: list[dict[str, list[int]]], prompts: int, compiled: bool, folder: str) -> ORPOTrainer:
     """A trainer whose optimiser step holds all the rows."""
     from datasets import Dataset, disable_progress_bars
 
@@ -244,13 +244,17 @@ def trainer_of(side: str, model: Model, rows: list[dict[str, list[int]]], prompt
         save_strategy="no",
     )
     data = {"train_dataset": Dataset.from_list(rows), "processing_class": padding_tokenizer()}
-    return StockTrainer(tuned, args, **data) if side == "stock" else SharedPromptORPOTrainer(tuned, args, **data, nll_on=side)
+    if side == "stock":
+        return StockTrainer(tuned, args, **data)
+    if compiled:
+        compile_layers(tuned)
+    return SharedPromptORPOTrainer(tuned, args, **data, nll_on=side)
 
 
-def steps(side: str, model: Model, rows: list[dict[str, list[int]]], prompts: int) -> Iterator[dict[str, float]]:
+def steps(side: str, model: Model, rows: list[dict[str, list[int]]], prompts: int, compiled: bool) -> Iterator[dict[str, float]]:
     """Optimiser step after step, the first of them unseen: seconds, loss, and the peak of memory above the loaded model so far."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer, watch = trainer_of(side, model, rows, prompts, folder), Stopwatch()
+        trainer, watch = trainer_of(side, model, rows, prompts, compiled, folder), Stopwatch()
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
         loaded = forget_the_past()
@@ -299,10 +303,14 @@ def step_flops(side: str, shape: dict[str, Any], rows: list[dict[str, list[int]]
 def train(options: argparse.Namespace, model: Model, prompts: Prompts) -> dict[str, Any]:
     """Stock and ours, with one and with two pairs per prompt."""
     lengths = [len(user[0]) for user in prompts.rows[: options.batch]]
-    found: dict[str, Any] = {"prompts_per_step": options.batch, "prompt_tokens": {"least": min(lengths), "most": max(lengths)}}
+    found: dict[str, Any] = {
+        "compiled": options.compile,
+        "prompts_per_step": options.batch,
+        "prompt_tokens": {"least": min(lengths), "most": max(lengths)},
+    }
     for pairs in (1, 2):
         rows = preference_rows(prompts, options.batch, pairs)
-        runs = {side: elsewhere(steps, side, model, rows, options.batch) for side in SIDES}
+        runs = {side: elsewhere(steps, side, model, rows, options.batch, options.compile) for side in SIDES}
         sides: dict[str, Any] = {}
         for side, values in in_turn(runs, options.rounds).items():
             seconds = statistics.median(value["seconds"] for value in values)
@@ -416,6 +424,7 @@ def main() -> None:
     parser.add_argument("--scoring_batch", type=int, default=16, help="scoring: prompts in a forward pass of ours")
     parser.add_argument("--rounds", type=int, default=5, help="steps or runs that count, after one that does not")
     parser.add_argument("--peak_tflops", type=float, help="train --shape: what the GPU can do in bfloat16, for the utilisation")
+    parser.add_argument("--compile", action="store_true", help="train: our layers compiled, as by orpo.compile")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     chosen = options.sections or list(sections)

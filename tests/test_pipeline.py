@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,20 @@ def test_rankings_and_metrics_agree(finished, shop):
     hit = rankings.select(pl.col("items").list.contains(pl.col("target")).mean()).item()
     assert metrics["bound"]["hr@10"] == pytest.approx(hit)
     assert metrics["protocol"]["users_evaluated"] == 25
+
+
+def test_asking_only_where_the_target_was_retrieved_changes_no_metric(finished, shop, tiny_llama):
+    shutil.copytree(shop / "whole", shop / "asked")
+    shutil.rmtree(shop / "asked" / name("evaluate"))
+    done = run("evaluate", shop, tiny_llama, "asked", "--evaluation.ask", "retrieved")
+    assert done.returncode == 0, done.stderr
+    every, some = (json.loads((shop / runs / name("evaluate") / "metrics.json").read_text()) for runs in ("whole", "asked"))
+    for key in ("overall", "retrieved", "comparisons", "fusion"):
+        assert some[key] == every[key]
+    read = [pl.read_parquet(shop / runs / name("evaluate") / "rankings.parquet") for runs in ("whole", "asked")]
+    missed = ~pl.col("items").list.contains(pl.col("target"))
+    assert read[1].filter(missed)["ranker_scores"].to_list() == read[1].filter(missed)["retriever_scores"].to_list()
+    assert read[0].filter(missed)["ranker_scores"].to_list() != read[1].filter(missed)["ranker_scores"].to_list()
 
 
 def test_the_adapter_loads_with_plain_peft(finished, shop, tiny_llama):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
@@ -40,7 +43,7 @@ DEFAULT_TARGETS = {
     "mamba2": ["in_proj"],  # peft refuses out_proj and conv1d: the fused kernel reads their weights past the adapter
 }
 
-PACKED_READ = ("mamba", "mamba2", "falcon_mamba")
+STATE_SPACE = ("mamba", "mamba2", "falcon_mamba")
 """Families whose fused kernels take the weights of out_proj themselves."""
 
 
@@ -132,7 +135,7 @@ def _nf4(folder: str | Path, base: Base) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("base.quantise nf4 needs bitsandbytes: pip install 'llmrec[quant]'")
     kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-    if kind in PACKED_READ:
+    if kind in STATE_SPACE:
         raise UserError(f"base.quantise nf4: the kernels of {kind} read weights past their layers, where 4 bits cannot be read: take none")
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -192,6 +195,29 @@ def with_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
 def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
     """`model` with the saved adapter of `folder` on it; `trainable` to go on training it (ORPO after SFT)."""
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+
+def compile_layers(model: PeftModel) -> None:
+    """Let torch.compile make one fast forward and backward pass for all layers, whatever the lengths; in place.
+
+    On a CPU attention is computed as it is written in transformers, which the compiler makes faster than the ready-made kernel.
+
+    Args:
+        model: to be trained.
+
+    Raises:
+        UserError: a state-space model, or no compiler.
+    """
+    base: Any = model.get_base_model()
+    if base.config.model_type in STATE_SPACE:
+        raise UserError(f"compile: the layers of {base.config.model_type} have kernels of their own; set it to false")
+    if not torch.cuda.is_available():
+        if shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise UserError("compile needs a C++ compiler: install g++, or name yours in CXX, or set compile to false")
+        base.set_attn_implementation("eager")
+    for module in base.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # transformers' name for a layer of the stack
+            module.compile(dynamic=True)
 
 
 def save_adapter(model: PeftModel, folder: str | Path, base: Base) -> None:

@@ -216,7 +216,7 @@ def completion_logps(
 def prompt_nll(hidden: Tensor, head: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Summed NLL of each prompt's own tokens but the first, (prompts,) float32.
 
-    The vocabulary-wide softmax is made for `NLL_CHUNK` positions at a time and again in the backward pass.
+    The vocabulary-wide softmax is made for `NLL_CHUNK` positions at a time.
 
     Args:
         hidden: of `completion_logps`.
@@ -230,14 +230,46 @@ def prompt_nll(hidden: Tensor, head: nn.Module, batch: dict[str, Any]) -> Tensor
     row = batch["prompt_rows"][prompt]
     read, targets = hidden[row, place], batch["input_ids"][row, place + 1]
 
-    def chunk_nll(read: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(read).float(), targets, reduction="none")
-
+    frozen = not any(weight.requires_grad for weight in head.parameters())
     total = hidden.new_zeros(len(lengths), dtype=torch.float32)
     for start in range(0, len(targets), NLL_CHUNK):
         part = slice(start, start + NLL_CHUNK)
-        total = total.index_add(0, prompt[part], checkpoint(chunk_nll, read[part], targets[part], use_reentrant=False))
+        if frozen:
+            losses = FrozenHeadNll.apply(read[part], targets[part], head)
+        else:  # its weights need their own gradients, from logits that are made again
+            losses = checkpoint(_nll, read[part], targets[part], head, use_reentrant=False)
+        total = total.index_add(0, prompt[part], losses)
     return total
+
+
+def _nll(read: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    return F.cross_entropy(head(read).float(), targets, reduction="none")
+
+
+class FrozenHeadNll(torch.autograd.Function):
+    """NLL of targets after a frozen output layer, (positions,) float32, which keeps no logits.
+
+    The gradient is made while the logits are there, as a position's loss depends on its own hidden state alone; the backward pass
+    only scales it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, read: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+        """Losses, and for the backward pass their gradients."""
+        if not ctx.needs_input_grad[0]:
+            return _nll(read, targets, head)
+        with torch.enable_grad():
+            inputs = read.detach().requires_grad_()
+            losses = _nll(inputs, targets, head)
+            (gradients,) = torch.autograd.grad(losses.sum(), inputs)
+        ctx.save_for_backward(gradients)
+        return losses.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        """The gradients, each times that of its loss."""
+        (gradients,) = ctx.saved_tensors
+        return gradients * upstream[0][:, None].to(gradients.dtype), None, None
 
 
 def block_mask(segments: Tensor, config: Any) -> Tensor:

@@ -32,6 +32,7 @@ from llmrec import distributed
 from llmrec.config import Tuning
 from llmrec.errors import UserError
 from llmrec.progress import track
+from llmrec.rankers.backbone import compile_layers
 from llmrec.rankers.steps import Steps, deal
 from llmrec.rankers.validation import METRIC, RankingValidation, ValidationPrompts
 
@@ -157,6 +158,8 @@ class WindowTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the loss the means of the steps' metrics over all processes, tokens, seconds and memory."""
+        if METRIC in logs:
+            self._mark = time.perf_counter()  # validating is no training
         if "loss" in logs:
             now = time.perf_counter()
             seconds, self._mark = now - self._mark, now
@@ -235,22 +238,26 @@ def limits(tuning: Tuning) -> dict[str, int | None]:
     return {"max_tokens_per_batch": tuning.max_tokens_per_batch, "prompts_per_step": tuning.batch * tuning.accumulation}
 
 
-def fit(
-    trainer: WindowTrainer, folder: Path, description: str, tuning: Tuning | None = None, prompts: ValidationPrompts | None = None
-) -> TrainResult:
+def fit(trainer: WindowTrainer, folder: Path, description: str, tuning: Tuning, prompts: ValidationPrompts | None) -> TrainResult:
     """Train, going on from the last complete checkpoint in the trainer's output `folder`, and write train_log.jsonl there.
 
     Args:
         trainer: with rows and settings.
         folder: its output folder.
         description: of the progress bar.
-        tuning: says how often `prompts` are asked, and the patience.
+        tuning: whether to compile, how often `prompts` are asked, and the patience.
         prompts: for validation; the best adapter is the one that stays in the model.
+
+    Raises:
+        UserError: the model cannot be compiled, or a loss is not finite.
     """
+    if tuning.compile:
+        model: Any = trainer.model
+        compile_layers(model)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout
     trainer.add_callback(Bar(description))
     validation = None
-    if prompts is not None and tuning is not None and tuning.eval_steps is not None:
+    if prompts is not None and tuning.eval_steps is not None:
         validation = RankingValidation(trainer, prompts, folder, tuning.eval_steps, tuning.patience)
         trainer.add_callback(validation)
     set_seed(trainer.args.seed + trainer.args.process_index)  # dropout; a checkpoint's own state takes its place

@@ -115,7 +115,7 @@ def score(
             if (system, split) == ("sft", "valid"):
                 continue  # the fusion weight is for the last adapter alone
             rows = questions.rows
-            if system == "sft":  # for the table, and there an order without the target counts nothing
+            if system == "sft" or run.config.evaluation.ask == "retrieved":  # for a metric an order without the target counts nothing
                 rows = [row if found else [] for row, found in zip(rows, questions.retrieved, strict=True)]
             shown = _in_blocks(ask, rows, run.checkpoints, f"{system}.{split}")
             answers[system, split] = _in_candidate_order(shown, questions, rows)

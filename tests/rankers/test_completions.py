@@ -100,6 +100,16 @@ def test_values_and_gradients_equal_one_row_per_completion(kind, attention, stra
                 assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_a_head_that_learns_gets_its_own_gradients(tiny):
+    model = adapted(tiny, "llama")
+    model.get_output_embeddings().weight.requires_grad_()
+    batch = lay_out("packed", PROMPTS, LETTERS, pad_id=0)
+    _, hidden = completion_logps(model, model.config, batch, hidden_states=True)
+    nll = prompt_nll(hidden, model.get_output_embeddings(), batch)
+    for mine, theirs in zip(gradients(model, nll), gradients(model, one_by_one(model, LETTERS)[1]), strict=True):
+        assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("kind", "strategy"), [("llama", "packed"), ("mamba2", "continued"), ("llama", "concatenated")])
 def test_completions_do_not_know_of_each_other(kind, strategy, tiny):
     """A completion's log-probability is the same whatever stands beside it, in its row or in the batch."""

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from llmrec.config import Base, Lora, Orpo, Tuning
 from llmrec.errors import UserError
-from llmrec.rankers.backbone import load_base, save_adapter, with_lora
+from llmrec.rankers.backbone import compile_layers, load_base, save_adapter, with_lora
 from llmrec.rankers.orpo import train_orpo
 from llmrec.rankers.sft import LetterTrainer, collate, train_sft
 from llmrec.rankers.tuning import arguments, last_complete_checkpoint
@@ -111,6 +111,31 @@ def test_a_checkpoint_at_the_end_of_an_epoch_resumes(saved_llama, tokenizer, tmp
     shutil.copytree(tmp_path / "source" / "checkpoint-8", folder / "checkpoint-8")
     _, found = train("sft", load_base(saved_llama, Base(dtype="float32")), tokenizer, folder, save_steps=4)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_layers_learn_the_same_and_resume(saved_llama, tokenizer, tmp_path):
+    def trained(folder, **changes):
+        return train("orpo", load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path / folder, save_steps=4, **changes)
+
+    (plain, _), (compiled, _) = trained("plain", dropout=0.0), trained("compiled", dropout=0.0, compile=True)
+    for mine, theirs in zip(without_seconds(compiled.log), without_seconds(plain.log), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+    whole, expected = trained("whole", compile=True)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / "cut" / "checkpoint-8")
+    resumed, found = trained("cut", compile=True)
+    assert without_seconds(resumed.log) == without_seconds(whole.log)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_cannot_be_compiled_is_said(saved_llama, tiny, monkeypatch):
+    with pytest.raises(UserError, match="mamba2 have kernels of their own"):
+        compile_layers(with_lora(tiny("mamba2"), Lora(r=4), seed=0))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="install g"):
+        compile_layers(with_lora(tiny("llama"), Lora(r=4), seed=0))
 
 
 def without_seconds(log):
