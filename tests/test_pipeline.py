@@ -130,7 +130,7 @@ def test_asking_only_where_the_target_was_retrieved_changes_no_metric(finished, 
     done = run("evaluate", shop, tiny_llama, "asked", "--evaluation.ask", "retrieved")
     assert done.returncode == 0, done.stderr
     every, some = (json.loads((shop / runs / name("evaluate") / "metrics.json").read_text()) for runs in ("whole", "asked"))
-    for key in ("overall", "retrieved", "comparisons", "fusion"):
+    for key in ("overall", "hit_subset", "comparisons", "fusion"):
         assert some[key] == every[key]
     read = [pl.read_parquet(shop / runs / name("evaluate") / "rankings.parquet") for runs in ("whole", "asked")]
     missed = ~pl.col("items").list.contains(pl.col("target"))
