@@ -21,6 +21,7 @@ Without `--model` the base is the default ranker's. Each side of train has a pro
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -247,7 +248,7 @@ def trainer_of(side: str, model: Model, rows: list[dict[str, list[int]]], prompt
     if side == "stock":
         return StockTrainer(tuned, args, **data)
     if compiled:
-        compile_layers(tuned)
+        compile_layers(tuned, training=True)
     return SharedPromptORPOTrainer(tuned, args, **data, nll_on=side)
 
 
@@ -378,13 +379,16 @@ def scoring(options: argparse.Namespace, model: Model, prompts: Prompts) -> dict
     for name, weight in scorer.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(std=0.01)  # an adapter that does something
+    alone = copy.deepcopy(scorer)  # `generate` and several orders stay as they are
+    if options.compile:
+        compile_layers(alone, training=False)
     one = [user[0] for user in prompts.rows[: options.users]]
     several = prompts.rows[: max(1, options.users // ORDERS)]
     flat = [row for user in several for row in user]
     order = prompts.order[: len(several)]
     sides: dict[str, Callable[[], Tensor | np.ndarray]] = {
         "generate": partial(generated, scorer, one, prompts.labels),
-        "ours": partial(letter_logprobs, scorer, one, prompts.labels, batch=options.scoring_batch),
+        "ours": partial(letter_logprobs, alone, one, prompts.labels, batch=options.scoring_batch),
         "generate_5_orders": partial(generated, scorer, flat, prompts.labels),
         "plain_5_orders": partial(letter_logprobs, scorer, flat, prompts.labels, batch=options.scoring_batch),
         "ours_5_orders": partial(letter_logprobs_of_orders, scorer, several, prompts.labels, batch=options.scoring_batch),
@@ -394,6 +398,7 @@ def scoring(options: argparse.Namespace, model: Model, prompts: Prompts) -> dict
     rate = {name: round(1e3 * rows[name] / milliseconds, 2) for name, milliseconds in medians(sides, options.rounds).items()}
     shaped = {name: by_candidate(found.reshape(len(several), ORDERS, LETTERS), order) for name, found in answers.items() if "5" in name}
     return {
+        "compiled": options.compile,
         "tokens": round(float(np.mean([len(row) for row in one]))),
         "one_order": {
             "prompts": len(one),
@@ -421,10 +426,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=450, help="tokens of the prompts")
     parser.add_argument("--batch", type=int, default=4, help="train: prompts per step")
     parser.add_argument("--users", type=int, default=60, help="scoring: prompts in one order; a fifth of them in five")
-    parser.add_argument("--scoring_batch", type=int, default=16, help="scoring: prompts in a forward pass of ours")
+    parser.add_argument("--scoring_batch", type=int, default=32, help="scoring: prompts in a forward pass of ours")
     parser.add_argument("--rounds", type=int, default=5, help="steps or runs that count, after one that does not")
     parser.add_argument("--peak_tflops", type=float, help="train --shape: what the GPU can do in bfloat16, for the utilisation")
-    parser.add_argument("--compile", action="store_true", help="train: our layers compiled, as by orpo.compile")
+    parser.add_argument("--compile", action="store_true", help="our layers compiled, as by base.compile; in scoring for one order")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     chosen = options.sections or list(sections)

@@ -197,24 +197,27 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 
-def compile_layers(model: PeftModel) -> None:
+def compile_layers(model: PeftModel, *, training: bool) -> None:
     """Let torch.compile make one fast forward and backward pass for all layers, whatever the lengths; in place.
 
-    On a CPU attention is computed as it is written in transformers, which the compiler makes faster than the ready-made kernel.
+    In training on a CPU attention is computed as it is written in transformers: compiled, that is faster than the ready-made kernel
+    whose backward pass it spares. Scoring keeps the kernel.
 
     Args:
-        model: to be trained.
+        model: a base with its adapter.
+        training: what comes next.
 
     Raises:
         UserError: a state-space model, or no compiler.
     """
     base: Any = model.get_base_model()
     if base.config.model_type in STATE_SPACE:
-        raise UserError(f"compile: the layers of {base.config.model_type} have kernels of their own; set it to false")
+        raise UserError(f"base.compile: the layers of {base.config.model_type} have kernels of their own; set it to false")
     if not torch.cuda.is_available():
         if shutil.which(os.environ.get("CXX", "g++")) is None:
-            raise UserError("compile needs a C++ compiler: install g++, or name yours in CXX, or set compile to false")
-        base.set_attn_implementation("eager")
+            raise UserError("base.compile needs a C++ compiler: install g++, or name yours in CXX, or set it to false")
+        if training:
+            base.set_attn_implementation("eager")
     for module in base.modules():
         if isinstance(module, GradientCheckpointingLayer):  # transformers' name for a layer of the stack
             module.compile(dynamic=True)

@@ -49,7 +49,7 @@ def last_logits_after(model: Any, rows: Sequence[Sequence[int]], shared: int, or
     cache: Any = DynamicCache(config=model.config)
     state: dict[str, Any] = {CACHE_NAMES.get(model.config.model_type, "past_key_values"): cache, "use_cache": True}
     heads = torch.tensor([row[:shared] for row in rows[::orders]], device=model.device)
-    model(input_ids=heads, logits_to_keep=1, **state)
+    model(input_ids=heads, logits_to_keep=heads.new_empty(0), **state)  # states are wanted, no logits
     cache.reorder_cache(torch.arange(len(heads), device=model.device).repeat_interleave(orders))
     ids, lengths = (made.to(model.device) for made in pad([row[shared:] for row in rows], pad_id))
     return model(input_ids=ids, logits_to_keep=lengths[:, None] - 1, **state).logits[:, 0].float()

@@ -32,7 +32,6 @@ from llmrec import distributed
 from llmrec.config import Tuning
 from llmrec.errors import UserError
 from llmrec.progress import track
-from llmrec.rankers.backbone import compile_layers
 from llmrec.rankers.steps import Steps, deal
 from llmrec.rankers.validation import METRIC, RankingValidation, ValidationPrompts
 
@@ -245,15 +244,12 @@ def fit(trainer: WindowTrainer, folder: Path, description: str, tuning: Tuning, 
         trainer: with rows and settings.
         folder: its output folder.
         description: of the progress bar.
-        tuning: whether to compile, how often `prompts` are asked, and the patience.
+        tuning: how often `prompts` are asked, and the patience.
         prompts: for validation; the best adapter is the one that stays in the model.
 
     Raises:
-        UserError: the model cannot be compiled, or a loss is not finite.
+        UserError: a loss is not finite.
     """
-    if tuning.compile:
-        model: Any = trainer.model
-        compile_layers(model)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout
     trainer.add_callback(Bar(description))
     validation = None

@@ -13,7 +13,7 @@ def orpo(run: Run) -> None:
 
     Reads `pairs` and `sft`. Writes adapter_model.safetensors, adapter_config.json, tokenizer, prompt.yaml, README.md, train_log.jsonl.
     """
-    from llmrec.rankers.backbone import load_adapter, load_base, with_lora
+    from llmrec.rankers.backbone import compile_layers, load_adapter, load_base, with_lora
     from llmrec.rankers.orpo import train_orpo
     from llmrec.rankers.preference_losses import check_settings
 
@@ -25,6 +25,8 @@ def orpo(run: Run) -> None:
         model = load_adapter(base, run.input("sft"), trainable=True)
     else:
         model = with_lora(base, config.lora, config.seed)
+    if config.base.compile:
+        compile_layers(model, training=True)
     rows = rows_of(run, "preferences")
     labels = dict(zip(writer.answers, writer.labels, strict=True))
     result = train_orpo(

@@ -99,7 +99,7 @@ def score(
     run: Run, systems: list[str], asked: dict[str, Questions], writer: PromptWriter
 ) -> tuple[dict[tuple[str, str], np.ndarray], float]:
     """Letter log-probabilities in the order of `items` by (system, split), and seconds of one user on his own."""
-    from llmrec.rankers.backbone import load_adapter, load_base
+    from llmrec.rankers.backbone import compile_layers, load_adapter, load_base
     from llmrec.rankers.orders import letter_logprobs_of_orders
 
     base = load_base(inputs.base_folder(run.config), run.config.base)
@@ -107,6 +107,8 @@ def score(
     seconds = 0.0
     for system in systems:
         model = load_adapter(base, run.input(system))
+        if run.config.base.compile and run.config.evaluation.orders == 1:  # states that are shared would be compiled in layer by layer
+            compile_layers(model, training=False)
 
         def ask(rows: list[list[list[int]]], model: Any = model) -> np.ndarray:
             return letter_logprobs_of_orders(model, rows, writer.labels, batch=run.config.evaluation.batch)

@@ -13,12 +13,14 @@ def sft(run: Run) -> None:
 
     Reads `pairs`. Writes adapter_model.safetensors, adapter_config.json, tokenizer, prompt.yaml, README.md, train_log.jsonl.
     """
-    from llmrec.rankers.backbone import load_base, with_lora
+    from llmrec.rankers.backbone import compile_layers, load_base, with_lora
     from llmrec.rankers.sft import train_sft
 
     config = run.config
     writer = encoder(config)
     model = with_lora(load_base(inputs.base_folder(config), config.base), config.lora, config.seed)
+    if config.base.compile:
+        compile_layers(model, training=True)
     rows = rows_of(run, "sft")
     labels = dict(zip(writer.answers, writer.labels, strict=True))
     prompts = validation_prompts(run, writer, config.sft)
