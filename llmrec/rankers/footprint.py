@@ -120,12 +120,10 @@ def training_footprint(
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     kept, peak = _rehearse(tuned, rows, tokens, sequence_nll)
-    if (
-        base.compile and not torch.cuda.is_available()
-    ):  # compiled attention keeps who looks at whom, which the ready-made kernel makes again
-        looks = rows * config.num_attention_heads * tokens**2 * resolve_dtype(base.dtype).itemsize
+    if base.compile and not torch.cuda.is_available():  # compiled attention keeps its probabilities, which the kernel makes again
+        probabilities = rows * config.num_attention_heads * tokens**2 * resolve_dtype(base.dtype).itemsize
         layers = 1 if checkpointing else config.num_hidden_layers
-        kept, peak = kept + layers * looks, peak + layers * looks
+        kept, peak = kept + layers * probabilities, peak + layers * probabilities
     products = sum(weight.numel() for weight in linear)
     return Footprint(weights, adapter, 3 * adapter, kept, peak - kept + _unpacked(linear, base), products)
 
