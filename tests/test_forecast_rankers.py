@@ -130,7 +130,7 @@ def test_compiled_layers_need_no_more_than_the_forecast(tmp_path):
     base = Base(dtype="float32", compile=True)
     AutoModelForCausalLM.from_config(LLAMA).save_pretrained(tmp_path)
     measured = in_a_fork("orpo", base, of(Orpo), str(tmp_path), ROWS)
-    assert 0.95 * measured < forecast_of(LLAMA, "orpo", base, of(Orpo)) < 1.25 * measured
+    assert 0.95 * measured < forecast_of(LLAMA, "orpo", base, of(Orpo)) < 1.4 * measured
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
