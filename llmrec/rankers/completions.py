@@ -242,8 +242,9 @@ def prompt_nll(hidden: Tensor, head: nn.Module, batch: dict[str, Any]) -> Tensor
     return total
 
 
-def _nll(read: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-    return F.cross_entropy(head(read).float(), targets, reduction="none")
+def _nll(read: Tensor, targets: Tensor, head: Any) -> Tensor:
+    own = read.to(head.weight.dtype)  # under mixed precision hidden states come out of the model in float32
+    return F.cross_entropy(head(own).float(), targets, reduction="none")
 
 
 class FrozenHeadNll(torch.autograd.Function):

@@ -50,7 +50,6 @@ def settings(folder, batch: int, accumulation: int, **other) -> ORPOConfig:
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         max_length=64,
-        bf16=False,
         use_cpu=True,
         disable_dropout=False,
         report_to="none",
@@ -58,7 +57,7 @@ def settings(folder, batch: int, accumulation: int, **other) -> ORPOConfig:
         logging_steps=1,
         max_grad_norm=0,
         save_strategy="no",
-        **{"beta": 0.3, "learning_rate": 0.0, "max_steps": 1, "gradient_checkpointing": False} | other,
+        **{"bf16": False, "beta": 0.3, "learning_rate": 0.0, "max_steps": 1, "gradient_checkpointing": False} | other,
     )
 
 
@@ -274,6 +273,20 @@ def test_stock_trl_and_ours_agree_on_text_rows(tiny, tokenizer, tmp_path):
     stock = ORPOTrainer(adapted(tiny, "llama"), settings(tmp_path, 3, 1), train_dataset=data, processing_class=tokenizer)
     ours = trainer_of(adapted(tiny, "llama"), rows, tokenizer, settings(tmp_path, 3, 1), nll_on="sequence", end_of_text=True)
     assert_same_step(gradients_of_one_step(ours), gradients_of_one_step(stock))
+
+
+def test_mixed_precision_which_is_trls_default(tiny, tokenizer, tmp_path):
+    """Base weights in bfloat16 and hidden states that autocast hands out in float32."""
+    model, plain = adapted(tiny, "llama"), adapted(tiny, "llama")
+    for name, weight in model.named_parameters():
+        if "lora" not in name:
+            weight.data = weight.data.bfloat16()
+    options = {"nll_on": "sequence"}
+    mixed = trainer_of(model, pairs("titles"), tokenizer, settings(tmp_path, 6, 1, bf16=None), **options)
+    assert mixed.args.bf16
+    _, log = gradients_of_one_step(mixed)
+    _, expected = gradients_of_one_step(trainer_of(plain, pairs("titles"), tokenizer, settings(tmp_path, 6, 1), **options))
+    assert log["loss"] == pytest.approx(expected["loss"], rel=0.02)
 
 
 def test_evaluation_gives_the_training_loss_of_the_same_rows(tiny, tokenizer, tmp_path):
