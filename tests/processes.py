@@ -12,7 +12,15 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainingArguments,
+)
 from trl.experimental.orpo import ORPOConfig
 
 from llmrec import config, distributed
@@ -28,11 +36,14 @@ from llmrec.stages import scoring
 LETTERS = [21, 22, 23, 24]
 
 
-def adapted() -> nn.Module:
-    """A tiny Llama with an adapter whose second half is not zero, or the first half would get no gradient."""
+def adapted(family: str = "llama") -> nn.Module:
+    """A tiny model with an adapter whose second half is not zero, or the first half would get no gradient."""
     torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=64, **sizes))
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
+    if family == "llama":
+        base = LlamaForCausalLM(LlamaConfig(intermediate_size=64, num_attention_heads=4, max_position_embeddings=64, **sizes))
+    else:
+        base = Mamba2ForCausalLM(Mamba2Config(num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8, **sizes))
     base.get_output_embeddings().weight.data.normal_(std=0.3)
     base.requires_grad_(False)
     model = with_lora(base, config.Lora(r=4, dropout=0.0), seed=3)
@@ -72,9 +83,12 @@ def arguments(folder: Path) -> dict:
 
 def tuned(kind: str, folder: Path, **limits: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """The adapter after three steps, and the log."""
-    model = adapted()
+    model = adapted("mamba2" if kind == "mamba2" else "llama")
     if kind == "sft":
-        rows = [{"row": n, "prompt_ids": ids, "completion_ids": [LETTERS[n % 4]], "length": len(ids)} for n, ids in enumerate(prompts())]
+        rows = [
+            {"row": n, "prompt_ids": ids, "completion_ids": [LETTERS[n % 4]], "length": len(ids), "copies": 1}
+            for n, ids in enumerate(prompts())
+        ]
         trainer = LetterTrainer(model, TrainingArguments(**arguments(folder)), train_dataset=rows, data_collator=collate, **limits)
     else:
         pairs = [
@@ -82,6 +96,8 @@ def tuned(kind: str, folder: Path, **limits: int) -> tuple[dict[str, torch.Tenso
             for n, ids in enumerate(prompts())
             for pair in range(1 + n % 3)
         ]
+        if kind != "orpo":  # titles of one to three tokens
+            pairs = [pair | {side: pair[side] + [50] * (pair[side][0] % 3) for side in ("chosen_ids", "rejected_ids")} for pair in pairs]
         settings = ORPOConfig(**arguments(folder), beta=0.3, max_length=64, disable_dropout=False)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<end>", pad_token="<end>")
         data = Dataset.from_list(pairs)
@@ -138,6 +154,8 @@ def work(folder: Path) -> None:
         "sft": tuned("sft", folder / "sft"),
         "orpo": tuned("orpo", folder / "orpo"),
         "budget": tuned("orpo", folder / "budget", max_tokens_per_batch=40),
+        "titles": tuned("titles", folder / "titles", max_tokens_per_batch=60),
+        "mamba2": tuned("mamba2", folder / "mamba2"),
         "softmax": retrieved(folder / "softmax"),
         "sampled": retrieved(folder / "sampled", loss="sampled_softmax", negatives=7, windows="last"),
     }.items():

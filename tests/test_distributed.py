@@ -74,7 +74,7 @@ def test_there_are_two(both):
     assert [(facts["rank"], facts["world"]) for facts, _, _ in both] == [(0, 1), (0, 2), (1, 2)]
 
 
-@pytest.mark.parametrize("name", ["sft", "orpo", "budget", "softmax", "sampled"])
+@pytest.mark.parametrize("name", ["sft", "orpo", "budget", "titles", "mamba2", "softmax", "sampled"])
 def test_two_processes_end_with_the_weights_of_one(both, name):
     expected, *found = ({key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")} for _, tensors, _ in both)
     assert expected
@@ -86,7 +86,7 @@ def comparable(log):
     return [{name: value for name, value in row.items() if name not in MEASURED} for row in log]
 
 
-@pytest.mark.parametrize("name", ["sft", "orpo", "budget", "softmax", "sampled"])
+@pytest.mark.parametrize("name", ["sft", "orpo", "budget", "titles", "mamba2", "softmax", "sampled"])
 def test_two_processes_log_the_numbers_of_one(both, name):
     expected, *found = (comparable(facts["logs"][name]) for facts, _, _ in both)
     assert len(expected) >= 2

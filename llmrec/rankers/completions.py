@@ -59,11 +59,18 @@ def choose(model: nn.Module, gradient_checkpointing: bool) -> tuple[Strategy, st
     return "packed", "a prompt and its completions in one row"
 
 
-def row_tokens(strategy: Strategy, prompt: int, completions: Sequence[int]) -> int:
-    """Tokens that a prompt of that length costs with its completions."""
-    own = sum(length - 1 for length in completions)
-    repeated = len(completions) if strategy == "concatenated" and own else 1
-    return max(repeated, 1) * prompt + own
+def row_size(strategy: Strategy, prompt: int, completions: Sequence[int], single: bool) -> tuple[int, int]:
+    """What a prompt goes through the model as: tokens of a row, and how many rows.
+
+    Args:
+        strategy: of `choose`.
+        prompt: its tokens.
+        completions: tokens of each of its completions.
+        single: whether all completions of the batch are single tokens, which cost nothing.
+    """
+    if strategy == "concatenated" and not single:
+        return prompt + max((length - 1 for length in completions), default=0), max(1, len(completions))
+    return prompt + sum(length - 1 for length in completions), 1
 
 
 def lay_out(
@@ -220,7 +227,7 @@ def prompt_nll(hidden: Tensor, head: nn.Module, batch: dict[str, Any]) -> Tensor
 
     Args:
         hidden: of `completion_logps`.
-        head: the output layer.
+        head: the output layer; logits are its output as it is (`scaled_logits`).
         batch: of `lay_out`.
     """
     starts, lengths = batch["starts"], batch["lengths"]
@@ -240,6 +247,13 @@ def prompt_nll(hidden: Tensor, head: nn.Module, batch: dict[str, Any]) -> Tensor
             losses = checkpoint(_nll, read[part], targets[part], head, use_reentrant=False)
         total = total.index_add(0, prompt[part], losses)
     return total
+
+
+def scaled_logits(config: Any) -> str:
+    """The setting by which a model changes its logits after the head, as Gemma 2 and Cohere do; "" for most models."""
+    settings = config.to_dict()
+    known = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    return next((name for name in known if settings.get(name) not in (None, 1, 1.0)), "")
 
 
 def _nll(read: Tensor, targets: Tensor, head: Any) -> Tensor:

@@ -26,12 +26,11 @@ from transformers.pytorch_utils import Conv1D
 
 from llmrec.config import Base, Lora
 from llmrec.rankers.backbone import float_head, resolve_dtype, with_lora
+from llmrec.rankers.completions import NLL_CHUNK
 from llmrec.rankers.letters import last_logits
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: 4 bits, a byte of scale per 64 weights, a float32 per 256 scales (QLoRA, arXiv 2305.14314, section 3)."""
-NLL_CHUNK = 256
-"""Positions whose logits exist at the same time when the NLL covers the prompt."""
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from llmrec.rankers.completions import PACKED
 from llmrec.rankers.letters import letter_logprobs, logprobs_of, pad
 
 CACHE_NAMES = {"mamba2": "cache_params"}
 """What a model type calls the argument with the state of earlier tokens, where it is not past_key_values."""
+
+
+SHARING = (*PACKED, "mamba2")
+"""Families whose states after the shared tokens are known to be all there is to go on from. Others are asked the plain way."""
 
 
 def shared_tokens(rows: Sequence[Sequence[int]]) -> int:
@@ -84,7 +89,7 @@ def letter_logprobs_of_orders(
     """
     orders = len(asked[0]) if asked else 1
     shared = [shared_tokens(rows) for rows in asked]
-    if orders == 1 or not all(shared):  # nothing to share
+    if orders == 1 or not all(shared) or model.config.model_type not in SHARING:  # nothing to share, or not known how
         plain = letter_logprobs(model, list(chain(*asked)), label_ids, batch=batch, pad_id=pad_id)
         return plain.reshape(len(asked), orders, len(label_ids))
     scores = np.empty((len(asked), orders, len(label_ids)), dtype=np.float32)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmrec.config import Orpo
 from llmrec.errors import UserError
 from llmrec.rankers import preference_losses
-from llmrec.rankers.completions import choose, completion_logps, lay_out, prompt_nll, row_tokens
+from llmrec.rankers.completions import choose, completion_logps, lay_out, prompt_nll, row_size, scaled_logits
 from llmrec.rankers.preference_losses import check_settings, mean_over_losers
 from llmrec.rankers.preference_rows import Group, comparisons, grouped
 from llmrec.rankers.tuning import Sums, TrainResult, WindowTrainer, arguments, fit, limits
@@ -49,7 +49,7 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         nll_on: "completion", or "sequence": prompt and completion, as in TRL.
         loss: "orpo"; "simpo" or "softmax" instead of it, both without NLL (see `preference_losses`).
         negatives: losers of a winner: 1, the pair's own; k, its own and others of the pool, drawn once by seed and row; "all", the
-            pool. More than 1 is for completions of one token.
+            pool, except what wins against it in another pair. More than 1 is for completions of one token.
         label_ids: the tokens of the pool, the same in all rows; otherwise the column pool_ids says it for each.
         gamma: the margin of loss simpo.
         end_of_text: end texts with the tokenizer's end of text, as TRL does. Token ids are taken as they are.
@@ -82,6 +82,8 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         self.use_dpo_data_collator = True  # or TRL warns at every evaluation step
         self.data_collator = self.collate
         base: Any = self.model
+        if nll_on == "sequence":
+            self._check_sequence(base.config)
         self.strategy, why = choose(base, bool(self.args.gradient_checkpointing))
         self.train_dataset = self._grouped(self.train_dataset)
         if isinstance(self.eval_dataset, dict):
@@ -90,6 +92,15 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
             self.eval_dataset = self._grouped(self.eval_dataset)
         several = any(len(completion) > 1 for group in self.train_dataset for completion in group["completions"])
         say(f"completions {self.strategy}: {why}" if several else "completions of one token: read from the logits after the prompt")
+
+    def _check_sequence(self, config: Any) -> None:
+        """The NLL of a prompt goes through the head by itself, in chunks whose number differs from process to process."""
+        if scaled := scaled_logits(config):
+            raise UserError(
+                f"nll_on sequence: {config.model_type} changes logits after its head ({scaled}), which is not done here: choose completion"
+            )
+        if self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3):
+            raise UserError("nll_on sequence needs the whole head on every process: choose completion, or ddp in place of fsdp2 and zero3")
 
     def _send_telemetry(self) -> None:
         """TRL reports every trainer that is made to its publisher; this one does not."""
@@ -102,7 +113,8 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         rejected = self.build_tokenized_answer(feature["prompt"], feature["rejected"])
         prompt = chosen["prompt_input_ids"]
         if prompt != rejected["prompt_input_ids"]:
-            raise UserError("a completion merges with the last token of its prompt: end the prompt or begin the completions differently")
+            start = repr(feature["prompt"])[:60]
+            raise UserError(f"prompt {start}: a completion merges with its last token: end the prompt or begin the completions differently")
         bos, eos = self.processing_class.bos_token_id, self.processing_class.eos_token_id
         if bos is not None and prompt[:1] != [bos]:
             prompt = [bos, *prompt]
@@ -175,11 +187,13 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         return loss, {prefix + name: float(total / count) for name, (total, count) in sums.items()}
 
     def _grouped(self, rows: Any) -> list[Group]:
-        """The groups of a data set, with `length`, the tokens that a forward pass spends on each."""
+        """The groups of a data set, each with the length and number of its token rows (`WindowTrainer`)."""
         pairs = rows if self.label_ids is None else [row | {"pool_ids": list(self.label_ids)} for row in rows]
         groups = grouped(pairs, negatives=self.negatives, max_length=self.max_length, seed=self.args.seed)
+        single = all(len(completion) == 1 for group in groups for completion in group["completions"])
         for group in groups:
-            group["length"] = row_tokens(self.strategy, len(group["prompt_ids"]), [len(completion) for completion in group["completions"]])
+            sizes = [len(completion) for completion in group["completions"]]
+            group["length"], group["copies"] = row_size(self.strategy, len(group["prompt_ids"]), sizes, single)
         return groups
 
 

@@ -117,10 +117,14 @@ def _pool(row: int, pair: Mapping[str, Any]) -> list[int]:
 
 
 def _fill(group: Group, pool: list[int], negatives: int | Literal["all"], seed: int) -> None:
-    """Give each winner of the group losers from its pool, up to the number of negatives."""
+    """Give each winner of the group losers from its pool, up to the number of negatives, but none that wins against it in a pair."""
+    beaten_by = {
+        winner: [better for better, losers in zip(group["winners"], group["losers"], strict=True) if winner in losers]
+        for winner in group["winners"]
+    }
     candidates = [_number(group["completions"], [token]) for token in pool]
     for winner, losers in zip(group["winners"], group["losers"], strict=True):
-        rest = [candidate for candidate in candidates if candidate not in (winner, *losers)]
+        rest = [candidate for candidate in candidates if candidate not in (winner, *losers, *beaten_by[winner])]
         drawn = np.random.default_rng([seed, group["rows"][0], winner]).permutation(rest).tolist()
         losers += drawn
         if negatives != "all":

@@ -72,7 +72,7 @@ def train_sft(
     data = []
     for number, row in enumerate(rows):
         ids = encode(row["prompt"])
-        data.append({"row": number, "prompt_ids": ids, "completion_ids": [label_ids[row["completion"]]], "length": len(ids)})
+        data.append({"row": number, "prompt_ids": ids, "completion_ids": [label_ids[row["completion"]]], "length": len(ids), "copies": 1})
     checked_rows(data, ["completion_ids"])
     args = TrainingArguments(**arguments(tuning, folder, seed))
     if tuning.gradient_checkpointing:

@@ -47,7 +47,7 @@ class Steps(Sampler[list[int]]):
             yield order[whole:]
 
 
-def deal(lengths: Sequence[int], rows: int | None, tokens: int | None, processes: int) -> list[list[list[int]]]:
+def deal(lengths: Sequence[int], copies: Sequence[int], rows: int | None, tokens: int | None, processes: int) -> list[list[list[int]]]:
     """Cut a step into forward passes and deal them out, the same number of passes to every process.
 
     The number of passes is the least that the limits allow; among as many the largest pass is as small as can be, so that
@@ -55,6 +55,7 @@ def deal(lengths: Sequence[int], rows: int | None, tokens: int | None, processes
 
     Args:
         lengths: tokens of the step's rows.
+        copies: as how many token rows of that length each goes through the model.
         rows: at most so many rows in a pass; None is no limit.
         tokens: at most so many padded tokens in a pass; a longer row has a pass of its own. None is no limit.
         processes: that share the step.
@@ -64,27 +65,30 @@ def deal(lengths: Sequence[int], rows: int | None, tokens: int | None, processes
         The n-th passes of all processes are of similar size.
     """
     rows = len(lengths) if rows is None else rows
-    most = max(lengths) * len(lengths) if tokens is None else tokens
-    passes = -(-len(_cut(lengths, rows, most)) // processes)  # of each process
+    most = max(lengths) * sum(copies) if tokens is None else tokens
+    passes = -(-len(_cut(lengths, copies, rows, most)) // processes)  # of each process
     low, high = 1, most
     while low < high:
         middle = (low + high) // 2
-        if len(_cut(lengths, rows, middle)) <= passes * processes:
+        if len(_cut(lengths, copies, rows, middle)) <= passes * processes:
             high = middle
         else:
             low = middle + 1
-    pieces = _cut(lengths, rows, high)
-    pieces.sort(key=lambda piece: -len(piece) * lengths[piece[0]])
+    pieces = _cut(lengths, copies, rows, high)
+    pieces.sort(key=lambda piece: -sum(copies[at] for at in piece) * lengths[piece[0]])
     pieces += [[] for _ in range(passes * processes - len(pieces))]
     return [pieces[process::processes] for process in range(processes)]
 
 
-def _cut(lengths: Sequence[int], rows: int, tokens: int) -> list[list[int]]:
+def _cut(lengths: Sequence[int], copies: Sequence[int], rows: int, tokens: int) -> list[list[int]]:
     """The fewest pieces within the limits: from the longest row down, each piece as large as it may be."""
     pieces: list[list[int]] = []
+    wide = 0  # token rows of the last piece
     for at in sorted(range(len(lengths)), key=lambda at: -lengths[at]):
-        if pieces and len(pieces[-1]) < rows and (len(pieces[-1]) + 1) * lengths[pieces[-1][0]] <= tokens:
+        if pieces and len(pieces[-1]) < rows and (wide + copies[at]) * lengths[pieces[-1][0]] <= tokens:
             pieces[-1].append(at)
+            wide += copies[at]
         else:
             pieces.append([at])
+            wide = copies[at]
     return pieces

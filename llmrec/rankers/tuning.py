@@ -34,6 +34,7 @@ from llmrec.errors import UserError
 from llmrec.progress import track
 from llmrec.rankers.steps import Steps, deal
 from llmrec.rankers.validation import METRIC, RankingValidation, ValidationPrompts
+from llmrec.runs import say
 
 Sums = dict[str, tuple[Tensor, Tensor | float]]
 """Metrics of a batch: name -> (sum, how many); logged as their quotient over a step, or as the sum where "how many" is 0."""
@@ -69,7 +70,8 @@ class WindowTrainer(Trainer):
     A step has batch x accumulation x processes rows, as in any Trainer. How they are cut into forward passes is decided
     here: at most the batch size, or with `max_tokens_per_batch` as many as that holds; see `steps.deal`.
 
-    Rows are dicts with prompt_ids, length (tokens) and lists of what is asked about the prompt. With these lists empty a
+    Rows are dicts with prompt_ids, length (tokens), copies (how many token rows of that length it is in a forward pass) and lists of
+    what is asked about the prompt. With these lists empty a
     row weighs nothing, which keeps a process busy that has fewer passes than others; collator and loss must take such rows.
 
     Args:
@@ -84,9 +86,12 @@ class WindowTrainer(Trainer):
     def __init__(self, *args: Any, max_tokens_per_batch: int | None = None, prompts_per_step: int | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.args = copy.copy(self.args)  # the caller may make another trainer with his
+        self.args._n_gpu = min(1, self.args.n_gpu)  # several GPUs are for several processes, not for nn.DataParallel
         self.max_tokens_per_batch = max_tokens_per_batch
         accumulated = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self.prompts_per_step = prompts_per_step or accumulated
+        if self.prompts_per_step < self.args.world_size:
+            say(f"{self.args.world_size} processes share steps of {self.prompts_per_step} prompts: some idle. Raise batch or accumulation")
         self.args.gradient_accumulation_steps = 1  # the Trainer's loop gets a whole step at a time
         self._sums: dict[str, list[Any]] = defaultdict(lambda: [0.0, 0.0])
         self._tokens = 0
@@ -99,6 +104,10 @@ class WindowTrainer(Trainer):
     def window_loss(self, model: nn.Module, batch: dict[str, Any], window: Tensor) -> tuple[Tensor, Sums]:
         """This batch's share of the step's loss, given the sum of `batch_sizes` over the step."""
         raise NotImplementedError
+
+    def leave_out(self, seconds: float) -> None:
+        """Of a step's time in the log: validating is no training."""
+        self._mark += seconds
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `transformers.Trainer`."""
@@ -115,9 +124,10 @@ class WindowTrainer(Trainer):
         """This process's forward passes of the next step, and what the step holds on all processes."""
         rows = next(epoch_iterator)
         lengths = [row["length"] for row in rows]
-        self._tokens += sum(lengths)
+        self._tokens += sum(row["length"] * row["copies"] for row in rows)
         at_most = self.args.train_batch_size if self.max_tokens_per_batch is None else None
-        passes = deal(lengths, at_most, self.max_tokens_per_batch, self.args.world_size)[self.args.process_index]
+        copies = [row["copies"] for row in rows]
+        passes = deal(lengths, copies, at_most, self.max_tokens_per_batch, self.args.world_size)[self.args.process_index]
         batches = [self.data_collator([rows[at] for at in places] or [_weightless(rows[0])]) for places in passes]
         window = torch.stack([self.batch_sizes(batch) for batch in batches]).sum(0).to(device)
         return [{"passes": batches}], self.accelerator.reduce(window, "sum")
@@ -157,8 +167,6 @@ class WindowTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the loss the means of the steps' metrics over all processes, tokens, seconds and memory."""
-        if METRIC in logs:
-            self._mark = time.perf_counter()  # validating is no training
         if "loss" in logs:
             now = time.perf_counter()
             seconds, self._mark = now - self._mark, now
@@ -196,7 +204,7 @@ class StepLoader(DataLoader):
 def _weightless(row: dict[str, Any]) -> dict[str, Any]:
     """A row of one token about which nothing is asked."""
     asked: dict[str, list[Any]] = {name: [] for name, value in row.items() if isinstance(value, list)}
-    return {**row, **asked, "prompt_ids": row["prompt_ids"][:1], "length": 1}
+    return {**row, **asked, "prompt_ids": row["prompt_ids"][:1], "length": 1, "copies": 1}
 
 
 def arguments(tuning: Tuning, folder: str | Path, seed: int) -> dict[str, Any]:

@@ -6,20 +6,24 @@ the ranker is for. Early stopping and the choice of the adapter go by it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmrec import distributed
 from llmrec.evaluation.metrics import rank_of_target, summary
 from llmrec.rankers.letters import letter_logprobs
+
+if TYPE_CHECKING:
+    from llmrec.rankers.tuning import WindowTrainer
 
 METRIC = "valid_ndcg@10"
 
@@ -65,7 +69,7 @@ class RankingValidation(TrainerCallback):
         patience: validations without a better value before the training ends; None never ends it.
     """
 
-    def __init__(self, trainer: Trainer, prompts: ValidationPrompts, folder: Path, every: int, patience: int | None):
+    def __init__(self, trainer: WindowTrainer, prompts: ValidationPrompts, folder: Path, every: int, patience: int | None):
         self.trainer, self.prompts, self.folder, self.every, self.patience = trainer, prompts, folder, every, patience
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -73,7 +77,10 @@ class RankingValidation(TrainerCallback):
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
         log_the_step = control.should_log
-        self.trainer.log({METRIC: self.prompts.ndcg(kwargs["model"])})
+        begun = time.perf_counter()
+        value = self.prompts.ndcg(kwargs["model"])
+        self.trainer.leave_out(time.perf_counter() - begun)
+        self.trainer.log({METRIC: value})
         control.should_log = log_the_step  # logging a value of our own has withdrawn it
         values = [value for _, value in validated(state.log_history)]
         since_best = len(values) - 1 - int(np.argmax(values))  # argmax gives the first of equals
@@ -94,6 +101,7 @@ class RankingValidation(TrainerCallback):
             with torch.no_grad():
                 for name, parameter in _trainable(model).items():
                     parameter.copy_(best[name])
+        distributed.barrier()  # before rank 0 tidies up
         return step
 
     def _keep(self, step: int) -> None:

@@ -186,7 +186,7 @@ STAGES = {
         ),
         Stage(
             "export",
-            (*RANKER, "lora", "sft", "orpo", "evaluation", "merged"),
+            (*RANKER, "lora", "sft", "orpo", "merged"),
             lambda c: _settings(c, "base", "merged"),
             lambda c: ranker_name(c) + (".merged" if c.merged else ""),
             lambda c: [("orpo", c)],

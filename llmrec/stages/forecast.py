@@ -122,9 +122,11 @@ def _evaluate(config: Config, shape: PreTrainedConfig, users: int) -> Forecast:
     from llmrec.rankers.footprint import scoring_footprint
 
     tested = min(config.evaluation.test_users or users, config.limit_users or users)
-    asked = tested + min(config.evaluation.valid_users or users, users // 4)
+    asked = tested // 4 if config.evaluation.ask == "retrieved" else tested
+    asked += min(config.evaluation.valid_users or users, users // 4)  # a quarter or so of all targets are retrieved
+    each = 1.3 * (1 + 0.5 * (config.evaluation.orders - 1))  # instruction and history once, which are half of a prompt
     found = scoring_footprint(shape, config.base, rows=config.evaluation.batch, tokens=_longest(config))
-    return _language_model(config, shape, found, 1.3 * asked, tested / 400)
+    return _language_model(config, shape, found, each * asked, tested / 400)
 
 
 def _export(config: Config, shape: PreTrainedConfig) -> Forecast:

@@ -61,7 +61,7 @@ def validation_prompts(run: Run, writer: PromptWriter, tuning: Tuning) -> Valida
             f"retriever, or {run.stage.name}.eval_steps null"
         )
     shown = np.take_along_axis(asked.items[kept], asked.order[kept, 0], axis=1)
-    return ValidationPrompts([asked.rows[at][0] for at in kept], shown, asked.targets[kept], writer.labels, config.evaluation.batch)
+    return ValidationPrompts([asked.rows[at][0] for at in kept], shown, asked.targets[kept], writer.labels, tuning.batch)
 
 
 def save_tuned(run: Run, model: PeftModel, writer: PromptWriter, result: TrainResult) -> None:

@@ -6,12 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import GPTNeoXConfig, LlamaConfig, Mamba2Config, MambaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from llmrec.config import Lora
 from llmrec.rankers.backbone import with_lora
-from llmrec.rankers.completions import block_mask, choose, completion_logps, lay_out, prompt_nll, row_tokens
+from llmrec.rankers.completions import block_mask, choose, completion_logps, lay_out, prompt_nll, row_size, scaled_logits
 
 PROMPTS = [[40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50], [60, 61], [70], [80, 81, 82, 83, 84]]
 """Longer and shorter than Mamba-2's convolution and chunks; one of a single token."""
@@ -154,12 +165,21 @@ def test_positions_go_on_from_the_prompt_in_every_completion():
 
 @pytest.mark.parametrize("completions", [LETTERS, TITLES], ids=["letters", "titles"])
 @pytest.mark.parametrize("strategy", ["packed", "continued", "concatenated"])
-def test_row_tokens_are_those_of_the_rows(strategy, completions):
+def test_row_sizes_are_those_of_the_rows(strategy, completions):
     for prompt, of_prompt in zip(PROMPTS, completions, strict=True):
         batch = lay_out(strategy, [prompt], [of_prompt], pad_id=127)
-        rows = [batch["input_ids"]] + ([batch["continuations"]] if "continuations" in batch else [])
-        tokens = sum(int((ids != 127).sum()) for ids in rows)
-        assert row_tokens(strategy, len(prompt), [len(completion) for completion in of_prompt]) == tokens
+        sizes = [len(completion) for completion in of_prompt]
+        length, copies = row_size(strategy, len(prompt), sizes, single=all(size == 1 for size in sizes))
+        if strategy == "continued" and "continuations" in batch:  # its two passes, without padding
+            assert (length, copies) == (sum(int((batch[name] != 127).sum()) for name in ("input_ids", "continuations")), 1)
+        else:
+            assert (copies, length) == batch["input_ids"].shape
+
+
+def test_models_that_change_their_logits_after_the_head():
+    assert scaled_logits(Gemma2Config(final_logit_softcapping=30.0)) == "final_logit_softcapping"
+    assert scaled_logits(CohereConfig()) == "logit_scale"
+    assert scaled_logits(LlamaConfig()) == scaled_logits(GPT2Config()) == scaled_logits(Mamba2Config()) == ""
 
 
 def test_only_positions_that_predict_a_completion_go_through_the_output_layer(tiny):

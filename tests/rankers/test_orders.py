@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from llmrec.config import Base, Config, Evaluation, Lora, Prompting, Retrieval
 from llmrec.data.sequences import TEST, TRAIN, VALID, Sequences
@@ -248,3 +248,11 @@ def test_orders_that_there_are_not(evaluation, order, message, ranked, tmp_path)
     config = replace(config, evaluation=evaluation, prompt=replace(config.prompt, order=order))
     with pytest.raises(UserError, match=message):
         questions_of(config, run_of(config, tmp_path), sequences, writer, "test")
+
+
+def test_families_whose_states_are_not_known_are_asked_the_plain_way():
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+    asked = users([20, 12])
+    plain = letter_logprobs(model, [row for rows in asked for row in rows], LABELS)
+    assert (letter_logprobs_of_orders(model, asked, LABELS).reshape(plain.shape) == plain).all()

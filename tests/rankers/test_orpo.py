@@ -157,11 +157,15 @@ def test_how_completions_are_computed_is_said_at_the_start(tiny, tokenizer, tmp_
 
 
 def by_hand(model, rows, term) -> torch.Tensor:
-    """Mean of `term(log-probabilities, winner, losers of its pool)` over the different (prompt, winner)."""
+    """Mean of `term(log-probabilities, winner, losers of its pool)` over the different (prompt, winner).
+
+    Of the pool all lose but the winner itself and what wins against it.
+    """
     terms = []
+    won = {(tuple(row["prompt_ids"]), row["chosen_ids"][0], row["rejected_ids"][0]) for row in rows}
     for prompt, winner, pool in {(tuple(row["prompt_ids"]), row["chosen_ids"][0], tuple(row["pool_ids"])): None for row in rows}:
         logps = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        terms.append(term(logps, winner, [token for token in pool if token != winner]))
+        terms.append(term(logps, winner, [token for token in pool if token != winner and (prompt, token, winner) not in won]))
     return torch.stack(terms).mean()
 
 
@@ -196,6 +200,23 @@ def test_the_whole_pool_as_losers_equals_a_loop(family, loss, term, tiny, tokeni
         assert_close(found[name], gradients[name], atol=1e-5, rtol=1e-4)
 
 
+def test_a_token_budget_holds_where_every_completion_has_a_row(tiny, tokenizer, tmp_path):
+    """GPT-2 with an attention that shares no rows; the group with one letter is split as well when it stands beside others."""
+    rows = [{"prompt_ids": [40 + at] * (4 + at), "chosen_ids": [5] * (1 + at % 3), "rejected_ids": [6]} for at in range(8)]
+    found = []
+    for budget in (None, 40):
+        model = adapted(tiny, "gpt2")
+        trainer = trainer_of(model, rows, tokenizer, settings(tmp_path, 8, 1), max_tokens_per_batch=budget)
+        trainer.strategy = "concatenated"
+        trainer.train_dataset = trainer._grouped(rows)
+        seen: list[torch.Size] = []
+        model.register_forward_pre_hook(lambda module, _, inputs, seen=seen: seen.append(inputs["input_ids"].shape), with_kwargs=True)
+        found.append((gradients_of_one_step(trainer), seen))
+    assert_same_step(found[1][0], found[0][0])
+    assert len(found[1][1]) > 3
+    assert all(count * longest <= 40 for count, longest in found[1][1])
+
+
 def test_simpo_of_pairs_counts_every_pair(tiny, tokenizer, tmp_path):
     rows = pairs("titles")
     model = adapted(tiny, "llama")
@@ -226,7 +247,7 @@ def test_label_ids_are_the_pool_of_all_rows(tiny, tokenizer, tmp_path):
     without = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in pairs()]
     trainer = trainer_of(adapted(tiny, "llama"), without, tokenizer, settings(tmp_path, 6, 1), negatives="all", label_ids=LETTERS)
     assert all(sorted(group["completions"]) == [[letter] for letter in LETTERS] for group in trainer.train_dataset)
-    assert all(len(losers) == 3 for group in trainer.train_dataset for losers in group["losers"])
+    assert all(len(losers) == 3 for group in trainer.train_dataset for losers in group["losers"][:1])  # later ones have lost to the first
 
 
 @pytest.mark.parametrize("loss", ["orpo", "softmax"])
@@ -237,7 +258,12 @@ def test_train_orpo_takes_the_pool_from_the_candidates_shown(loss, tiny, tokeniz
         {"prompt": "and the second: ", "chosen": "(D)", "rejected": "(A)", "pool_items": [5, 7, 3, 1]},
     ]
     same = [
-        {"prompt_ids": tokenizer(row["prompt"]).input_ids, "chosen_ids": [labels[row["chosen"]]], "pool_ids": LETTERS[:size]}
+        {
+            "prompt_ids": tokenizer(row["prompt"]).input_ids,
+            "chosen_ids": [labels[row["chosen"]]],
+            "rejected_ids": [labels[row["rejected"]]],
+            "pool_ids": LETTERS[:size],
+        }
         for row, size in zip(rows, (3, 4), strict=True)
     ]
     model = adapted(tiny, "llama")

@@ -51,20 +51,21 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=14)
 LIMITS = {"rows": st.none() | st.integers(1, 5), "tokens": st.none() | st.integers(1, 150), "processes": st.integers(1, 5)}
 
 
-def padded(piece, lengths):
-    return len(piece) * max((lengths[at] for at in piece), default=0)
+def padded(piece, lengths, copies=None):
+    return sum(copies[at] if copies else 1 for at in piece) * max((lengths[at] for at in piece), default=0)
 
 
-@given(lengths=LENGTHS, **LIMITS)
-def test_every_row_is_dealt_once_within_the_limits(lengths, rows, tokens, processes):
-    dealt = deal(lengths, rows, tokens, processes)
+@given(data=st.data(), lengths=LENGTHS, **LIMITS)
+def test_every_row_is_dealt_once_within_the_limits(data, lengths, rows, tokens, processes):
+    copies = data.draw(st.lists(st.integers(1, 4), min_size=len(lengths), max_size=len(lengths)))
+    dealt = deal(lengths, copies, rows, tokens, processes)
     assert len(dealt) == processes
     assert len({len(passes) for passes in dealt}) == 1
     pieces = [piece for passes in dealt for piece in passes]
     assert sorted(flat(pieces)) == list(range(len(lengths)))
     for piece in pieces:
         assert rows is None or len(piece) <= rows
-        assert tokens is None or len(piece) == 1 or padded(piece, lengths) <= tokens
+        assert tokens is None or len(piece) == 1 or padded(piece, lengths, copies) <= tokens
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=7), **LIMITS)
@@ -84,18 +85,18 @@ def test_no_fewer_passes_would_do(lengths, rows, tokens, processes):
             largest = max(len(piece) * piece[0] for piece in pieces)
             smallest[len(pieces)] = min(largest, smallest.get(len(pieces), largest))
     passes = -(-fewest // processes)
-    dealt = deal(lengths, rows, tokens, processes)
+    dealt = deal(lengths, [1] * len(lengths), rows, tokens, processes)
     assert len(dealt[0]) == passes
     best = min(largest for count, largest in smallest.items() if count <= passes * processes)
     assert max(padded(piece, lengths) for one in dealt for piece in one) == best
 
 
 def test_two_processes_get_passes_of_similar_size():
-    first, second = deal([90, 80, 40, 40, 20, 20, 10, 10], rows=None, tokens=100, processes=2)
+    first, second = deal([90, 80, 40, 40, 20, 20, 10, 10], [1] * 8, rows=None, tokens=100, processes=2)
     assert [[len(piece) for piece in passes] for passes in (first, second)] == [[1, 2], [1, 4]]
 
 
 def test_a_batch_is_spread_over_the_processes():
-    assert [[len(piece) for piece in passes] for passes in deal([5] * 8, rows=4, tokens=None, processes=4)] == [[2]] * 4
-    assert [[len(piece) for piece in passes] for passes in deal([5] * 8, rows=4, tokens=None, processes=1)] == [[4, 4]]
-    assert [[len(piece) for piece in passes] for passes in deal([5], rows=4, tokens=None, processes=3)] == [[1], [0], [0]]
+    assert [[len(piece) for piece in passes] for passes in deal([5] * 8, [1] * 8, rows=4, tokens=None, processes=4)] == [[2]] * 4
+    assert [[len(piece) for piece in passes] for passes in deal([5] * 8, [1] * 8, rows=4, tokens=None, processes=1)] == [[4, 4]]
+    assert [[len(piece) for piece in passes] for passes in deal([5], [1], rows=4, tokens=None, processes=3)] == [[1], [0], [0]]

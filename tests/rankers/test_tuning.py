@@ -210,7 +210,9 @@ def test_sft_loss_is_the_mean_over_the_step(tiny, tmp_path):
     for batch, accumulation in [(3, 1), (2, 2)]:
         model = with_lora(tiny("llama"), Lora(dropout=0.0), seed=0)
         tuning = Tuning(batch=batch, accumulation=accumulation, learning_rate=0.0, warmup=0, gradient_clip=0.0, weight_decay=0.0)
-        data = [{"row": at, "prompt_ids": [40 + at] * (3 + at), "completion_ids": [33 + at], "length": 3 + at} for at in range(3)]
+        data = [
+            {"row": at, "prompt_ids": [40 + at] * (3 + at), "completion_ids": [33 + at], "length": 3 + at, "copies": 1} for at in range(3)
+        ]
         trainer = LetterTrainer(model, TrainingArguments(**arguments(tuning, tmp_path, 0)), train_dataset=data, data_collator=collate)
         found = {}
         trainer.create_optimizer()

@@ -69,6 +69,7 @@ def test_validation_changes_nothing_of_the_training(saved_llama, tmp_path):
     with_values, _, _ = tune(saved_llama, tmp_path / "with", questions(), eval_steps=1)
     without, _, _ = tune(saved_llama, tmp_path / "without", None)
     assert [row["loss"] for row in with_values.log] == [row["loss"] for row in without.log]
+    assert all(row["seconds"] > 0.003 for row in with_values.log)  # of a validated step only the validation is left out
 
 
 def test_the_last_step_is_validated_too(saved_llama, tmp_path):
