@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,8 @@ def in_a_fork(*arguments) -> int:
     if not child:
         try:
             os.write(write, str(peak_of_work(*arguments)).encode())
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     os.close(write)
