@@ -124,6 +124,29 @@ def test_rows_gradients_and_order(both):
     assert [facts["saw"] for facts, _, _ in both] == [[], [], ["order.0"]]
 
 
+@pytest.mark.slow
+def test_a_base_split_over_two_processes_learns_the_same(tmp_path):
+    """FSDP2 on CPUs, by the recipe for GPUs."""
+    worker = WORKER.with_name("sharded.py")
+    on_cpus = tmp_path / "fsdp2.yaml"
+    on_cpus.write_text(Path(recipe("fsdp2")).read_text().replace("num_processes: 8", "num_processes: 2\nuse_cpu: true"))
+    command = [*LAUNCH, "--config_file", str(on_cpus), str(worker), str(tmp_path / "split")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sharded, pathlib; sharded.work(pathlib.Path({str(tmp_path / 'whole')!r}))"],
+        env=environment(), cwd=WORKER.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for kind in ("sft", "orpo"):
+        split, whole = (tmp_path / side / kind for side in ("split", "whole"))
+        logs = [[json.loads(line) for line in (folder / "train_log.jsonl").open()] for folder in (split, whole)]
+        for row, expected in zip(comparable(logs[0]), comparable(logs[1]), strict=True):
+            assert row == pytest.approx(expected, abs=2e-3)  # Adam's steps
+        adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (split, whole)]
+        assert_close(adapters[0], adapters[1], atol=5e-3, rtol=1e-2)
+
+
 # ------------------------------------------------------------------ launching
 
 
