@@ -28,8 +28,6 @@ QUICK = [
         "3",
         "--orpo.save_steps",
         "3",
-        "--evaluation.resamples",
-        "200",
     ),
 ]
 
@@ -56,7 +54,8 @@ def shop(tmp_path_factory, tiny_llama):
 
 
 def command(stage, shop, tiny_llama, runs, *extra):
-    arguments = ["--dataset", "shop.yaml", "--runs", runs, "--base.id", str(tiny_llama), *QUICK, *extra]
+    judged = ["--evaluation.resamples", "200"] if stage == "evaluate" else []
+    arguments = ["--dataset", "shop.yaml", "--runs", runs, "--base.id", str(tiny_llama), *QUICK, *judged, *extra]
     return [sys.executable, "-m", "llmrec", stage, "--chain", *arguments]
 
 

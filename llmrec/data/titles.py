@@ -58,4 +58,4 @@ def _article_first(title: str) -> str:
     if behind is None or _IN_FRONT.match(name):
         return title
     joint = "" if behind[2].endswith("'") else " "
-    return title.replace(name, behind[2] + joint + behind[1])
+    return title.replace(name, behind[2] + joint + behind[1].rstrip())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmrec.data.titles import clean, readable, without_year
@@ -93,6 +93,7 @@ def test_without_year(title, expected):
     assert without_year(title) == expected
 
 
+@example("Matrix , The")
 @given(titles)
 def test_treating_twice_changes_nothing(title):
     for treat in (clean, readable, without_year):
