@@ -277,8 +277,8 @@ class Base:
     attention: str | None = None
     """attn_implementation of transformers; null: sdpa where the family has it."""
     compile: bool = False
-    """torch.compile for the layers of attention models: on a CPU a quarter less time of training and a tenth of scoring, after half a
-    minute of compiling in each stage. Needs a C++ compiler."""
+    """torch.compile for the layers of attention models: faster, after half a minute of compiling in each stage (docs/tuning.md). On a CPU
+    it needs a C++ compiler, and training computes attention as transformers writes it out, whatever `attention` says."""
     shape: dict[str, Any] | None = None
     """What config.json says of the model's size, for forecasts before the model is here."""
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from llmrec.config import Tuning
+from llmrec.errors import UserError
 from llmrec.rankers.letters import last_logits, pad
-from llmrec.rankers.tuning import Sums, TrainResult, WindowTrainer, arguments, checked_rows, fit, limits
+from llmrec.rankers.tuning import Sums, TrainResult, WindowTrainer, arguments, fit, limits
 from llmrec.rankers.validation import ValidationPrompts
 
 
@@ -72,8 +73,11 @@ def train_sft(
     data = []
     for number, row in enumerate(rows):
         ids = encode(row["prompt"])
+        if not ids:
+            raise UserError(f"row {number}: the prompt is empty")
         data.append({"row": number, "prompt_ids": ids, "completion_ids": [label_ids[row["completion"]]], "length": len(ids), "copies": 1})
-    checked_rows(data, ["completion_ids"])
+    if not data:
+        raise UserError("there are no rows to train on: see the pairs stage's README.md for what was skipped and why")
     args = TrainingArguments(**arguments(tuning, folder, seed))
     if tuning.gradient_checkpointing:
         model.enable_input_require_grads()  # the frozen embedding would cut the graph; TRL's trainer does it by itself

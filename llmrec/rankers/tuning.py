@@ -17,7 +17,7 @@ import resource
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -341,20 +341,3 @@ class Bar(TrainerCallback):
         """Take the bar away."""
         for _ in self.bar:
             pass
-
-
-def checked_rows(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Refuse rows that cannot be trained on.
-
-    Raises:
-        UserError: no rows; or an empty prompt, or a completion that is not one token. The message names the row.
-    """
-    if not rows:
-        raise UserError("there are no rows to train on: see the pairs stage's README.md for what was skipped and why")
-    for number, row in enumerate(rows):
-        if not row["prompt_ids"]:
-            raise UserError(f"row {number}: the prompt is empty")
-        for column in columns:
-            if len(row[column]) != 1:
-                name = column.removesuffix("_ids")
-                raise UserError(f"row {number}: the {name} completion is {len(row[column])} tokens; completions of one token are supported")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -287,6 +289,22 @@ def test_text_rows_are_tokenised_as_in_trl(tiny, tokenizer, tmp_path):
             for side, number in (("chosen", group["winners"][row]), ("rejected", group["losers"][row][0])):
                 ids = group["prompt_ids"] + group["completions"][number] + ([] if end_of_text else [tokenizer.eos_token_id])
                 assert ids == stock.train_dataset[row][f"{side}_input_ids"]
+
+
+def test_conversations_are_text_rows_by_the_chat_template(tiny, tokenizer, tmp_path):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}.{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+
+    def said(role, content):
+        return [{"role": role, "content": content}]
+
+    conversations = [{"prompt": said("user", "which"), "chosen": said("assistant", "Ab"), "rejected": said("assistant", "B")}]
+    texts = [{"prompt": "user: which.assistant: ", "chosen": "Ab.", "rejected": "B."}]
+    (found,) = trainer_of(adapted(tiny, "llama"), conversations, chat, settings(tmp_path, 1, 1)).train_dataset
+    (expected,) = trainer_of(adapted(tiny, "llama"), texts, tokenizer, settings(tmp_path, 1, 1)).train_dataset
+    assert found == expected
 
 
 def test_stock_trl_and_ours_agree_on_text_rows(tiny, tokenizer, tmp_path):
