@@ -110,7 +110,8 @@ def held_out_pairs(arms: dict[str, Path], config: Config, limit: int) -> pl.Data
 
     pairs = replace(config.pairs, rating=True, lightfm="none", prompts=limit)
     writer = prompt_writer(config, load_titles(root / "prepare"))
-    return preference_rows(train, writer, pairs, config.seed, users, pool_for, None)[0]
+    pool = pool_for if config.pairs.pool == "retriever" else None
+    return preference_rows(train, writer, pairs, config.seed, users, pool, None)[0]
 
 
 def accuracies(arms: dict[str, Path], config: Config, limit: int) -> dict[str, Any]:
