@@ -87,11 +87,13 @@ def shown(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     return {"difference": round(d.difference, 4), "ci95": [round(d.low, 4), round(d.high, 4)], "p": round(d.p, 4)}
 
 
-def settings_of(arm: Path) -> Config:
-    """What an arm was made with."""
-    made = json.loads((arm / "stage.json").read_text())["config"]
+def settings_of(folder: Path, *options: str) -> Config:
+    """What a finished folder of a ranker was made with, and its prompts and pairs whatever its recipes say now; `options` over that."""
+    made = json.loads((folder / "stage.json").read_text())["config"]
     names = [word for key in ("dataset", "retriever", "ranker", "recipe", "runs") for word in (f"--{key}", str(made[key]))]
-    return read_settings("evaluate", [*names, "--variant", str(made["variant"])])[0]
+    sections = [word for key in ("prompt", "pairs") for word in (f"--{key}", json.dumps(made[key]))]
+    variant = ["--variant", made["variant"]] if made["variant"] else []
+    return read_settings("evaluate", [*names, *sections, *variant, *options])[0]
 
 
 def held_out_pairs(arms: dict[str, Path], config: Config, limit: int) -> pl.DataFrame:

@@ -1,7 +1,7 @@
-"""What stands in a letter ranker's way: letters, rows or knowledge? Trainings on the same rows, ranking the same held-out pools.
+"""What stands in a letter ranker's way: the letters or the rows? Trainings on the same rows, ranking the same held-out pools.
 
     python benchmarks/obstacles.py runs/ml-1m/pairs/NAME --rows 400
-    python benchmarks/obstacles.py runs/ml-1m/pairs/NAME --rows 3500 --tasks retriever --training.max_length 12 --training.batch 128
+    python benchmarks/obstacles.py runs/ml-1m/pairs/NAME --rows 3600 --tasks retriever --training.max_length 12 --training.batch 128
 
 copy        the last film of the history stands in the pool in the place of the target, and its letter is the answer: what must be
             learned is to find a title and to read the letter before it.
@@ -9,15 +9,14 @@ next        SFT as it is.
 retriever   the run's sequence model from random weights on the histories and targets of the rows and nothing else.
 popularity  how often a film is in them.
 
-A ranker that copies lacks no letters; a sequence model that ranks the pools no better lacks rows, as the ranker does. Held out are
-the last rows of sft.parquet. Guessing among 20 candidates has accuracy .050 and mean reciprocal rank .180. Other options are those of
-`llmrec evaluate`.
+A ranker that copies has learned letters. What a sequence model, or counting, makes of the same rows is what can be learned from them
+without words. Held out are the last rows of sft.parquet. Guessing among 20 candidates has accuracy .050 and mean reciprocal rank .180.
+Other options are those of `llmrec evaluate`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,9 +26,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from arms import settings_of
 from measure import report, same_settings
 
-from llmrec.cli import read_settings
 from llmrec.config import Config
 from llmrec.data.sequences import TRAIN, Sequences
 from llmrec.data.tables import load_titles
@@ -115,9 +114,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     options, others = parser.parse_known_args()
     same_settings()
-    made = json.loads((options.pairs / "stage.json").read_text())["config"]
-    names = [word for key in ("dataset", "retriever", "ranker", "recipe", "runs") for word in (f"--{key}", str(made[key]))]
-    config = read_settings("evaluate", [*names, "--prompt", json.dumps(made["prompt"]), *others])[0]
+    config = settings_of(options.pairs, *others)
     config = replace(config, sft=replace(config.sft, eval_steps=None))
     writer = prompt_writer(config, load_titles(options.pairs.parent.parent / "prepare"))
     table = pl.read_parquet(options.pairs / "sft.parquet")
