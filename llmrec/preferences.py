@@ -7,8 +7,9 @@
                    lightfm  the last item wins against an unseen item that LightFM picks (second part)
 
 The paper takes the last items of the whole history, which under leave-one-out are the validation and test items. Here they
-are the last of the training part, and these functions are given nothing else. No torch: the stage hands in the retriever's
-lists and LightFM's scores as functions.
+are the last of the training part, and these functions are given nothing else. Answers are letters of the pool, or titles where
+the template asks for them: then there is no pool, and a pair whose titles read the same is left out. No torch: the stage hands
+in the retriever's lists and LightFM's scores as functions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from llmrec.errors import UserError
 from llmrec.losers import choose_losers, popularity_deciles
 from llmrec.pair_statistics import PreferenceStatistics, SftStatistics, loser_statistics
 from llmrec.progress import track
-from llmrec.prompting import PromptWriter, Refused
+from llmrec.prompting import Refused, Writer
 
 PoolFor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(users, ends) -> (n, N) int32: the retriever's best items, best first, given each user's events before position `end` of
@@ -66,17 +67,17 @@ _SCORES_AT_ONCE = 50_000_000  # LightFM scores held in memory: 200 MB
 
 
 def sft_rows(
-    train: Sequences, writer: PromptWriter, config: Pairs, seed: int, users: np.ndarray, pool_for: PoolFor | None
+    train: Sequences, writer: Writer, config: Pairs, seed: int, users: np.ndarray, pool_for: PoolFor | None
 ) -> tuple[pl.DataFrame, SftStatistics]:
-    """Rows that teach the ranker to answer with the letter of the next item.
+    """Rows that teach the ranker to answer with the next item.
 
     Args:
         train: `Sequences.train_only()`.
-        writer: writes the prompts; its configuration gives the size of the pool.
+        writer: writes the prompts, and says how many candidates they show.
         config: how many rows, and which pool.
         seed: which users, prefixes and items, and the order of the candidates.
         users: user numbers to take rows from. Every user gives one row before any gives a second.
-        pool_for: the retriever, for `pool: retriever`; None for `pool: uniform`.
+        pool_for: the retriever, for `pool: retriever`; None for `pool: uniform`, and where prompts show no candidates.
 
     Returns:
         The `sft` table of docs/architecture.md, and what it is made of.
@@ -84,7 +85,7 @@ def sft_rows(
     Raises:
         UserError: not one row could be made.
     """
-    _check_sources(config, pool_for)
+    _check_sources(config, pool_for, writer)
     cases = _prefixes(train, users, config.prefixes_per_user, seed)
     limit = len(cases) if config.sft_rows is None else min(config.sft_rows, len(cases))
     refused: Counter[str] = Counter()
@@ -96,7 +97,7 @@ def sft_rows(
         history, target = train.history(user, end), int(train.items[end])
         rng = np.random.default_rng([seed, _SFT_POOL, user, len(history)])
         # what the user took later is no wrong answer, and a retriever trained on it ranks it high
-        pool = _pool([target], ranked, train.train_part(user), writer.config.candidates, train.item_count, rng)
+        pool = _pool([target], ranked, train.train_part(user), writer.shown, train.item_count, rng)
         prompt = writer.write(history, pool)
         if isinstance(prompt, Refused):
             refused[prompt.reason] += 1
@@ -107,7 +108,7 @@ def sft_rows(
                 "user": user,
                 "group": len(rows),
                 "prompt": prompt.text,
-                "completion": writer.answers[pool.index(target)],
+                "completion": writer.answer(target, pool),
                 "target_item": target,
                 "pool_items": prompt.pool_items,
                 "history_items": prompt.history_items,
@@ -122,7 +123,7 @@ def sft_rows(
 
 def preference_rows(
     train: Sequences,
-    writer: PromptWriter,
+    writer: Writer,
     config: Pairs,
     seed: int,
     users: np.ndarray,
@@ -133,11 +134,11 @@ def preference_rows(
 
     Args:
         train: `Sequences.train_only()`.
-        writer: writes the prompts; its configuration gives the size of the pool.
+        writer: writes the prompts, and says how many candidates they show.
         config: which pairs, and how many prompts.
         seed: which users and items, and the order of the candidates.
         users: user numbers to take prompts from.
-        pool_for: the retriever, for `pool: retriever`; None for `pool: uniform`.
+        pool_for: the retriever, for `pool: retriever`; None for `pool: uniform`, and where prompts show no candidates.
         lightfm_scores: LightFM trained on the training part; None for `lightfm: none`.
 
     Returns:
@@ -147,13 +148,13 @@ def preference_rows(
     Raises:
         UserError: the pool is too small for the losers, or not one pair could be made.
     """
-    _check_sources(config, pool_for)
+    _check_sources(config, pool_for, writer)
     if (config.lightfm == "none") != (lightfm_scores is None):
         raise ValueError(f"pairs.lightfm is {config.lightfm}, but LightFM's scores are {'missing' if lightfm_scores is None else 'given'}")
-    if lightfm_scores is not None and not 1 <= config.losers <= writer.config.candidates - 2:
-        raise UserError(
-            f"pairs.losers is {config.losers}: choose 1 to {writer.config.candidates - 2}, prompt.candidates less the last two items"
-        )
+    if lightfm_scores is not None and config.losers < 1:
+        raise UserError(f"pairs.losers is {config.losers}: choose at least 1, or pairs.lightfm none")
+    if lightfm_scores is not None and not writer.asks_for_title and config.losers > writer.shown - 2:
+        raise UserError(f"pairs.losers is {config.losers}: choose 1 to {writer.shown - 2}, prompt.candidates less the last two items")
     users = np.random.default_rng([seed, _ORDER]).permutation(users)
     enough = np.diff(train.offsets)[users] >= 4
     skipped = Counter({"fewer than 4 training events": int((~enough).sum())})
@@ -187,11 +188,16 @@ def preference_rows(
             if not losers:
                 skipped["lightfm: no unseen item"] += 1
             pairs += [(last, loser, "lightfm") for loser in losers]
+        if writer.asks_for_title:
+            differ = [pair for pair in pairs if writer.answer(pair[0], []) != writer.answer(pair[1], [])]
+            if len(differ) < len(pairs):
+                skipped["both titles read the same"] += len(pairs) - len(differ)
+            pairs = differ
         if not pairs:
             continue
 
         shown = list(dict.fromkeys([before, last, *(loser for _, loser, _ in pairs)]))
-        pool = _pool(shown, ranked, seen, writer.config.candidates, train.item_count, rng)
+        pool = _pool(shown, ranked, seen, writer.shown, train.item_count, rng)
         prompt = writer.write(train.history(user, end), pool)
         if isinstance(prompt, Refused):
             refused[prompt.reason] += 1
@@ -202,8 +208,8 @@ def preference_rows(
                     "user": user,
                     "group": group,
                     "prompt": prompt.text,
-                    "chosen": writer.answers[pool.index(winner)],
-                    "rejected": writer.answers[pool.index(loser)],
+                    "chosen": writer.answer(winner, pool),
+                    "rejected": writer.answer(loser, pool),
                     "chosen_item": winner,
                     "rejected_item": loser,
                     "pool_items": prompt.pool_items,
@@ -221,8 +227,8 @@ def preference_rows(
     return table, PreferenceStatistics(prompts=group, losers=loser_statistics(table), skipped=dict(skipped), refused=dict(refused))
 
 
-def _check_sources(config: Pairs, pool_for: PoolFor | None) -> None:
-    if (config.pool == "uniform") != (pool_for is None):
+def _check_sources(config: Pairs, pool_for: PoolFor | None, writer: Writer) -> None:
+    if (config.pool == "uniform" or writer.asks_for_title) != (pool_for is None):
         raise ValueError(f"pairs.pool is {config.pool}, but the retriever is {'missing' if pool_for is None else 'given'}")
 
 
@@ -252,7 +258,9 @@ def _lookup(
 
 
 def _pool(shown: list[int], ranked: np.ndarray, seen: np.ndarray, size: int, item_count: int, rng: np.random.Generator) -> list[int]:
-    """`shown` filled up to `size` with the retriever's best unseen items, then with uniform unseen ones; shuffled."""
+    """`shown` filled up to `size` with the retriever's best unseen items, then with uniform unseen ones; shuffled. Size 0 is no pool."""
+    if not size:
+        return []
     free = np.ones(item_count + 1, dtype=bool)
     free[0] = False
     free[seen] = False

@@ -1,4 +1,9 @@
-"""Prompt templates: the YAML files of prompts/, and the prompt.yaml that lies beside a trained model."""
+"""Prompt templates: the YAML files of prompts/, and the prompt.yaml that lies beside a trained model.
+
+There are two families. Where the answer is a `{letter}`, the prompt shows lettered candidates and the model picks one (LlamaRec).
+Where it is a `{title}`, the prompt shows the history alone and the model writes the title it expects next, which is a search query
+for the catalogue (GPT4Rec, MamRec).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,7 @@ from llmrec.errors import UserError
 
 @dataclass(frozen=True)
 class Template:
-    """Words and layout of a prompt.
+    """Words and layout of a prompt that shows lettered candidates.
 
     Attributes:
         name: how messages and cards call it.
@@ -39,16 +44,38 @@ class Template:
     answer: str
 
 
+@dataclass(frozen=True)
+class QueryTemplate:
+    """Words and layout of a prompt that asks for a title.
+
+    Attributes:
+        name: how messages and cards call it.
+        layout: the whole prompt with {history}; the answer follows at once.
+        history_item: one title of history, with {title}.
+        separator: stands between items.
+        answer: the completion, with {title}; end of text follows it.
+    """
+
+    name: str
+    layout: str
+    history_item: str
+    separator: str
+    answer: str
+
+
 # Each placeholder exactly once; the other texts have none.
-_PLACEHOLDERS = {
-    "layout": ("instruction", "history", "candidates"),
-    "history_item": ("number", "title"),
-    "candidate_item": ("letter", "title"),
-    "answer": ("letter",),
+_PLACEHOLDERS: dict[type, dict[str, tuple[str, ...]]] = {
+    Template: {
+        "layout": ("instruction", "history", "candidates"),
+        "history_item": ("number", "title"),
+        "candidate_item": ("letter", "title"),
+        "answer": ("letter",),
+    },
+    QueryTemplate: {"layout": ("history",), "history_item": ("title",), "answer": ("title",)},
 }
 
 
-def load_template(name_or_path: str) -> Template:
+def load_template(name_or_path: str) -> Template | QueryTemplate:
     """Read a template: a name of prompts/, or the path of a yaml file.
 
     Raises:
@@ -58,7 +85,7 @@ def load_template(name_or_path: str) -> Template:
     return _template(path, {"name": path.stem, **resources.read_yaml(path)})
 
 
-def save_prompt(path: Path, template: Template, config: Prompting) -> None:
+def save_prompt(path: Path, template: Template | QueryTemplate, config: Prompting) -> None:
     """Write the prompt.yaml of a model: everything needed to write the prompts it was trained on."""
     text = yaml.safe_dump(
         {"template": dataclasses.asdict(template), "prompt": dataclasses.asdict(config)}, sort_keys=False, allow_unicode=True
@@ -68,7 +95,7 @@ def save_prompt(path: Path, template: Template, config: Prompting) -> None:
     beside.replace(path)
 
 
-def load_prompt(path: Path) -> tuple[Template, Prompting]:
+def load_prompt(path: Path) -> tuple[Template | QueryTemplate, Prompting]:
     """Read the prompt.yaml that `save_prompt` wrote.
 
     Raises:
@@ -82,15 +109,16 @@ def load_prompt(path: Path) -> tuple[Template, Prompting]:
     return _template(path, content["template"]), Prompting(**content["prompt"])
 
 
-def _template(path: Path, content: Any) -> Template:
-    _check_keys(path, content, [field.name for field in dataclasses.fields(Template)])
+def _template(path: Path, content: Any) -> Template | QueryTemplate:
+    kind = QueryTemplate if isinstance(content, dict) and "{title}" in str(content.get("answer")) else Template
+    _check_keys(path, content, [field.name for field in dataclasses.fields(kind)])
     for key, text in content.items():
         if not isinstance(text, str):
             raise UserError(f"{path}: {key} is {text!r}: put a text in quotes")
-        expected = sorted(_PLACEHOLDERS.get(key, ()))
-        if key in _PLACEHOLDERS and _placeholders(path, key, text) != expected:
+        expected = sorted(_PLACEHOLDERS[kind].get(key, ()))
+        if expected and _placeholders(path, key, text) != expected:
             raise UserError(f"{path}: {key} needs {', '.join('{' + name + '}' for name in expected)}, each once and nothing else in braces")
-    return Template(**content)
+    return kind(**content)
 
 
 def _placeholders(path: Path, key: str, text: str) -> list[str]:

@@ -27,7 +27,7 @@ from llmrec import config, distributed
 from llmrec.data.sequences import TEST, TRAIN, VALID, Sequences
 from llmrec.rankers.backbone import with_lora
 from llmrec.rankers.orpo import SharedPromptORPOTrainer
-from llmrec.rankers.sft import LetterTrainer, collate
+from llmrec.rankers.sft import AnswerTrainer, collate
 from llmrec.rankers.validation import RankingValidation, ValidationPrompts
 from llmrec.retrievers import training
 from llmrec.retrievers.sequence_model import SequenceModel
@@ -89,7 +89,7 @@ def tuned(kind: str, folder: Path, **limits: int) -> tuple[dict[str, torch.Tenso
             {"row": n, "prompt_ids": ids, "completion_ids": [LETTERS[n % 4]], "length": len(ids), "copies": 1}
             for n, ids in enumerate(prompts())
         ]
-        trainer = LetterTrainer(model, TrainingArguments(**arguments(folder)), train_dataset=rows, data_collator=collate, **limits)
+        trainer = AnswerTrainer(model, TrainingArguments(**arguments(folder)), train_dataset=rows, data_collator=collate, **limits)
     else:
         pairs = [
             {"prompt_ids": ids, "chosen_ids": [LETTERS[(n + pair) % 4]], "rejected_ids": [LETTERS[(n + pair + 1 + n % 3) % 4]]}
@@ -139,7 +139,7 @@ def asked(folder: Path) -> np.ndarray:
     usual, scoring.BLOCK = scoring.BLOCK, 2
     try:
         return scoring._in_blocks(
-            lambda some: np.array([[[len(user[0]), sum(user[0])]] for user in some], dtype=np.float32), rows, folder, "x"
+            lambda some: np.array([[[len(rows[at][0]), sum(rows[at][0])]] for at in some], dtype=np.float32), rows, folder, "x"
         )
     finally:
         scoring.BLOCK = usual

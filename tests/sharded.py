@@ -28,16 +28,16 @@ def work(folder: Path) -> None:
     torch.set_num_threads(1)
     questions = ValidationPrompts(prompts()[:5], np.tile(np.arange(1, 5), (5, 1)), np.array([1, 2, 3, 4, 1]), LETTERS, batch=2)
     encoded = {str(number): ids for number, ids in enumerate(prompts())}
-    labels = dict(zip("abcd", LETTERS, strict=True))
+    labels = {letter: [token] for letter, token in zip("abcd", LETTERS, strict=True)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<end>", pad_token="<end>")
     answers = [{"prompt": str(n), "completion": "abcd"[n % 4], "chosen": "abcd"[n % 4], "rejected": "abcd"[(n + 1) % 4]} for n in range(9)]
     for kind in ("sft", "orpo"):
         model, own = adapted(), folder / kind
         if kind == "sft":
             tuning = Tuning(**HOW, eval_steps=2)
-            train_sft(model, answers, tuning, own, encode=encoded.__getitem__, label_ids=labels, prompts=questions)
+            train_sft(model, answers, tuning, own, encode=encoded.__getitem__, answers=labels, prompts=questions)
         else:
-            train_orpo(model, tokenizer, answers, Orpo(**HOW), own, encode=encoded.__getitem__, label_ids=labels)
+            train_orpo(model, tokenizer, answers, Orpo(**HOW), own, encode=encoded.__getitem__, answers=labels)
         if distributed.is_main():
             save_adapter(model, own / "adapter", Base())
 

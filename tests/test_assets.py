@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from llmrec import downloads
-from llmrec.assets import file_sha256, obtain_dataset, obtain_model
+from llmrec.assets import file_sha256, is_mamba_checkpoint, obtain_dataset, obtain_model
 from llmrec.config import Columns, Source, Wheel
 from llmrec.errors import UserError
 
@@ -354,16 +354,28 @@ threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 from llmrec.assets import obtain_model
 first = obtain_model("o/m")
+FILES["config.json"] = b'{"ssm_cfg": {"layer": "Mamba2"}}'
+del FILES["model.safetensors"]
+mamba = obtain_model("state-spaces/mamba2-130m")
 server.shutdown(); server.server_close()
 again = obtain_model("o/m")  # the hub is gone, the hub's cache is not
-print(json.dumps([first.origin, sorted(first.files), again == first]))
+print(json.dumps([first.origin, sorted(first.files), again == first, sorted(mamba.files)]))
 """
 
 
-def test_the_hub_delivers_safetensors_and_text_only(tmp_path):
+def test_the_hub_delivers_safetensors_and_text_only_but_for_mamba_checkpoints(tmp_path):
     """In a process of its own: huggingface_hub reads its settings when it is imported."""
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
     done = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == ["official", ["config.json", "model.safetensors", "tokenizer.json"], True]
+    files, of_mamba = ["config.json", "model.safetensors", "tokenizer.json"], ["config.json", "pytorch_model.bin", "tokenizer.json"]
+    assert json.loads(done.stdout) == ["official", files, True, of_mamba]
+
+
+def test_a_converted_mamba_that_keeps_ssm_cfg_is_an_ordinary_model(tmp_path):
+    """As state-spaces/mamba-130m-hf says it: safetensors, and no pytorch_model.bin."""
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "ssm_cfg": {}}')
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert not is_mamba_checkpoint(tmp_path)
+    assert {"config.json", "model.safetensors"} <= set(obtain_model(str(tmp_path)).files)

@@ -1,7 +1,8 @@
-"""The pretrained language model and its LoRA adapter: load, continue, save, merge.
+"""The pretrained language model and what is tuned of it, a LoRA adapter or all weights (`lora.r` 0): load, go on, save, merge.
 
-Adapters are ordinary peft folders: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(id), folder)` reads them.
-Weights are safetensors only and no code from a model's repository is run.
+A model that was tuned whole is an ordinary checkpoint of transformers. Adapters are ordinary peft folders:
+`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(id), folder)` reads them. Weights are safetensors only and no code
+from a model's repository is run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import importlib.util
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from llmrec.config import Base, Lora
 from llmrec.errors import UserError
+from llmrec.ssm import accelerate
+
+TunedModel = PeftModel | PreTrainedModel
+"""With an adapter, or tuned whole."""
 
 DEFAULT_TARGETS = {
     "gpt2": ["c_attn"],
@@ -83,7 +89,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 def load_base(folder: str | Path, base: Base) -> PreTrainedModel:
     """The frozen language model in `folder`, on the GPU where there is one, in evaluation mode.
 
-    In 16 bits its head still computes in float32 (`float_head`).
+    In 16 bits its head still computes in float32 (`float_head`). On a CPU Mamba and Mamba-2 run on our convolution and scans, forward,
+    backward and step by step (`llmrec.ssm.accelerate`); what is saved of them is the same.
 
     Args:
         folder: config.json and *.safetensors.
@@ -92,12 +99,52 @@ def load_base(folder: str | Path, base: Base) -> PreTrainedModel:
     Raises:
         UserError: the model cannot be quantised, or bitsandbytes is missing.
     """
-    model = _read(folder, base, **({"quantization_config": _nf4(folder, base)} if base.quantise == "nf4" else {}))
+    return _ready(_read(folder, base, **({"quantization_config": _nf4(folder, base)} if base.quantise == "nf4" else {})))
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with a float32 head, where it is fastest, in evaluation mode; in place."""
     if model.dtype != torch.float32:
         float_head(model)
     if torch.cuda.is_available():
         model.cuda()  # type: ignore[call-arg]
+    elif model.config.model_type in ("mamba", "mamba2"):
+        accelerate(model)
     return model.eval()
+
+
+def build_untrained(shape: dict[str, Any], tokenizer: str | Path, folder: Path, seed: int) -> None:
+    """Write a model with random weights, as its family begins its training, in float32; whole or not at all.
+
+    Args:
+        shape: what config.json says, model_type among it.
+        tokenizer: a folder with one, which is copied.
+        folder: where to.
+        seed: of the weights.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the model.
+    """
+    words = load_tokenizer(tokenizer)
+    config = AutoConfig.for_model(**shape)
+    if len(words) > config.vocab_size:
+        raise UserError(f"base.shape has a vocab_size of {config.vocab_size}, but the tokenizer has {len(words)} tokens: give it that many")
+    set_seed(seed)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(beside)
+    words.save_pretrained(beside)
+    os.replace(beside, folder)
+
+
+def load_untrained(folder: str | Path, base: Base, seed: int) -> PreTrainedModel:
+    """A model of the same shape with random weights, as its family begins its training: a floor for what training bought.
+
+    It computes as that of `load_base` does, but is never quantised: its weights are of `base.dtype` where those are of 4 bits.
+    """
+    set_seed(seed)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(base.dtype), attn_implementation=base.attention)
+    return _ready(model)
 
 
 def load_dequantised(folder: str | Path, base: Base) -> PreTrainedModel:
@@ -157,6 +204,45 @@ def float_head(model: PreTrainedModel) -> None:
     model.set_output_embeddings(wide)
 
 
+def load_trainable(folder: str | Path, base: Base, lora: Lora, seed: int) -> TunedModel:
+    """The model in `folder`, ready to be tuned; see `trainable`. Tuned whole it is in float32, as 16 bits would round AdamW's steps away.
+
+    Raises:
+        UserError: of `load_base` and `trainable`, weights in 4 bits that shall be tuned whole, or an adapter on random weights.
+    """
+    if base.scratch and lora.r:
+        raise UserError(f"base.scratch begins with random weights, which an adapter of rank {lora.r} cannot make up for: set lora.r to 0")
+    if lora.r == 0 and base.quantise != "none":
+        raise UserError(f"lora.r is 0, which tunes all weights, and base.quantise is {base.quantise}: set it to none, or lora.r to 8")
+    return trainable(load_base(folder, replace(base, dtype="float32") if lora.r == 0 else base), lora, seed)
+
+
+def trainable(model: PreTrainedModel, lora: Lora, seed: int) -> TunedModel:
+    """`model` with a fresh adapter (`with_lora`), or with rank 0 the model itself, all of its weights trainable.
+
+    Raises:
+        UserError: of `with_lora`, or a negative rank.
+    """
+    if lora.r < 0:
+        raise UserError(f"lora.r is {lora.r}: choose a rank of at least 1, or 0 to tune all weights")
+    return with_lora(model, lora, seed) if lora.r else model.requires_grad_(True)
+
+
+def load_tuned(folder: str | Path, base: Base, tuned: str | Path, to_train: bool = False) -> TunedModel:
+    """A tuned model: its adapter on the base in `folder`, or the whole model that `tuned` holds.
+
+    Args:
+        folder: of the base model.
+        base: its dtype, quantisation and attention.
+        tuned: what `save_tuned_model` wrote.
+        to_train: to go on training it (ORPO after SFT).
+    """
+    if (Path(tuned) / "adapter_config.json").exists():
+        return load_adapter(load_base(folder, base), tuned, to_train)
+    model = load_base(tuned, replace(base, dtype="float32") if to_train else base)
+    return model.requires_grad_(to_train)
+
+
 def with_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """`model` with a fresh trainable LoRA adapter in float32.
 
@@ -194,23 +280,26 @@ def with_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
     """`model` with the saved adapter of `folder` on it; `trainable` to go on training it (ORPO after SFT)."""
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    # in place of the public id, which peft would look up in the hub at every checkpoint
+    tuned.peft_config["default"].base_model_name_or_path = model.name_or_path
+    return tuned
 
 
-def compile_layers(model: PeftModel, *, training: bool) -> None:
+def compile_layers(model: TunedModel, *, training: bool) -> None:
     """Let torch.compile make one fast forward and backward pass for all layers, whatever the lengths; in place.
 
     In training on a CPU attention is computed as it is written in transformers: compiled, that is faster than the ready-made kernel
     whose backward pass it spares. Scoring keeps the kernel.
 
     Args:
-        model: a base with its adapter.
+        model: a base with its adapter, or tuned whole.
         training: what comes next.
 
     Raises:
         UserError: a state-space model, or no compiler.
     """
-    base: Any = model.get_base_model()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if base.config.model_type in STATE_SPACE:
         raise UserError(f"base.compile: the layers of {base.config.model_type} have kernels of their own; set it to false")
     if not torch.cuda.is_available():
@@ -221,6 +310,14 @@ def compile_layers(model: PeftModel, *, training: bool) -> None:
     for module in base.modules():
         if isinstance(module, GradientCheckpointingLayer):  # transformers' name for a layer of the stack
             module.compile(dynamic=True)
+
+
+def save_tuned_model(model: TunedModel, folder: str | Path, base: Base) -> None:
+    """Write an adapter (`save_adapter`), or a whole model as transformers reads it: config.json and *.safetensors."""
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder, base)
+    else:
+        model.save_pretrained(folder)
 
 
 def save_adapter(model: PeftModel, folder: str | Path, base: Base) -> None:

@@ -8,8 +8,20 @@ from typing import Any
 from llmrec.config import Base
 
 METHODS = {
-    "sft": "supervised fine-tuning on the letter of the next item (LlamaRec, arXiv 2311.02089)",
-    "orpo": "ORPO on pairs of letters (arXiv 2403.07691), one forward pass per prompt",
+    ("sft", "letter"): "supervised fine-tuning on the letter of the next item (LlamaRec, arXiv 2311.02089)",
+    ("sft", "title"): "supervised fine-tuning on the title of the next item (GPT4Rec, arXiv 2304.03879)",
+    ("orpo", "letter"): "ORPO on pairs of letters (arXiv 2403.07691), one forward pass per prompt",
+    ("orpo", "title"): "ORPO on pairs of titles (arXiv 2403.07691), one forward pass per prompt",
+}
+TASKS = {
+    "letter": "It answers a prompt that lists a user's history and lettered candidates with the letter of the item it expects next.",
+    "title": "It goes on with a prompt that lists a user's history with the title it expects next, a search query for the catalogue.",
+}
+USES = {
+    "letter": "Candidates are ordered by the log-probability of their letters after the prompt's last token: "
+    "`llmrec.rankers.letters.letter_logprobs`. Nothing is generated.",
+    "title": "Queries are written by beam search, `llmrec.rankers.queries.beam_queries`, and BM25 finds items by their titles. "
+    "Given candidates are ordered by the mean log-probability of their titles' tokens, `llmrec.rankers.titles.title_logprobs`.",
 }
 
 
@@ -25,6 +37,7 @@ def model_card(
     tuning: Mapping[str, Any],
     prompt: str,
     result: Mapping[str, Any],
+    titles: bool = False,
     merged: bool = False,
 ) -> str:
     """The card's Markdown.
@@ -41,13 +54,17 @@ def model_card(
         prompt: name of the prompt template.
         result: steps, seconds, tokens_per_second, peak_memory_mb and `final`, the last row of the log; where there was a validation
             also `validation`, its steps and values, and `kept_step`.
+        titles: the answers are titles.
         merged: the folder is a whole model, with the adapter in its weights.
     """
+    answer = "title" if titles else "letter"
+    adapter = bool(lora["r"])
     counted = rows["sft" if stage == "sft" else "preferences"]
     final = {name: value for name, value in result["final"].items() if name not in {"step", "epoch", "seconds", "tokens"}}
-    settings = {**{f"lora {name}": value for name, value in lora.items()}, **tuning}
-    library = "transformers" if merged else "peft"
-    header = ["---", f"base_model: {base.id}", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [lora, recommendation]"]
+    settings = {**({f"lora {name}": value for name, value in lora.items()} if adapter else {}), **tuning}
+    library = "peft" if adapter and not merged else "transformers"
+    tags = "lora, recommendation" if adapter else "recommendation"
+    header = ["---", f"base_model: {base.id}", f"library_name: {library}", "pipeline_tag: text-generation", f"tags: [{tags}]"]
     if base.licence:
         header.append(f"license: {base.licence.lower()}")
     lines = [
@@ -55,9 +72,9 @@ def model_card(
         "---",
         f"# Ranker of recommendation candidates ({stage})",
         "",
-        f"{base.id} with a LoRA adapter merged into it," if merged else f"A LoRA adapter of {base.id},",
-        f"tuned by {METHODS[stage]}.",
-        "It answers a prompt that lists a user's history and lettered candidates with the letter of the item it expects next.",
+        _what(base, adapter, merged),
+        f"tuned by {METHODS[stage, answer]}.",
+        TASKS[answer],
         "",
         "| | |",
         "|---|---|",
@@ -70,11 +87,10 @@ def model_card(
         "## Use",
         "",
         "```python",
-        *(_load_merged() if merged else _load_adapter(base)),
+        *(_load_adapter(base) if library == "peft" else _load_whole()),
         "```",
         "",
-        f"The prompt is in `prompt.yaml` (template `{prompt}`). Candidates are ordered by the log-probability of their letters after the",
-        "prompt's last token: `llmrec.rankers.letters.letter_logprobs`. Nothing is generated.",
+        f"The prompt is in `prompt.yaml` (template `{prompt}`). {USES[answer]}",
         "",
         "## Training",
         "",
@@ -90,9 +106,15 @@ def model_card(
         *(f"| {name} | {value:.5g} |" for name, value in final.items()),
         "",
         *_validation(result),
-        "What the adapter is worth is measured by the stage `evaluate`, not by these numbers.",
+        f"What the {'adapter' if adapter else 'model'} is worth is measured by the stage `evaluate`, not by these numbers.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _what(base: Base, adapter: bool, merged: bool) -> str:
+    if not adapter:
+        return f"{base.id} with all of its weights,"
+    return f"{base.id} with a LoRA adapter merged into it," if merged else f"A LoRA adapter of {base.id},"
 
 
 def _validation(result: Mapping[str, Any]) -> list[str]:
@@ -120,7 +142,7 @@ def _load_adapter(base: Base) -> list[str]:
     ]
 
 
-def _load_merged() -> list[str]:
+def _load_whole() -> list[str]:
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",

@@ -32,7 +32,7 @@ PACKED = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 """Families whose attention takes a mask and positions from outside."""
 
 NLL_CHUNK = 256
-"""Positions whose logits exist at the same time when the NLL covers the prompt."""
+"""Positions for which the vocabulary-wide softmax is made at the same time."""
 
 
 def choose(model: nn.Module, gradient_checkpointing: bool) -> tuple[Strategy, str]:
@@ -189,10 +189,10 @@ def _continued(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[
     }
 
 
-def completion_logps(
+def kept_logits(
     model: nn.Module, config: PretrainedConfig, batch: dict[str, Any], hidden_states: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each completion after its prompt, the sum over its tokens.
+    """Logits at the positions that are kept, in the order that `at` counts.
 
     Args:
         model: as it trains, wrapped or not; what comes out of its own forward pass takes part in what wraps it.
@@ -201,7 +201,7 @@ def completion_logps(
         hidden_states: whether to return them, for `prompt_nll`.
 
     Returns:
-        (completions,) float32, and what the output layer would read, (rows, longest, width), or None.
+        (kept, vocabulary), and what the output layer would read, (rows, longest, width), or None.
     """
     inputs = {"input_ids": batch["input_ids"], "logits_to_keep": batch["kept"], "output_hidden_states": hidden_states, "use_cache": False}
     if "segments" in batch:
@@ -215,9 +215,29 @@ def completion_logps(
         states.reorder_cache(batch["continues"])
         own = model(input_ids=batch["continuations"], cache_params=states, use_cache=True).logits
         logits = torch.cat([logits, own.flatten(0, 1)])
-    logps = logits.float().log_softmax(-1)[batch["at"], batch["targets"]]
+    return logits, out.hidden_states[-1] if hidden_states else None
+
+
+def completion_logps(
+    model: nn.Module, config: PretrainedConfig, batch: dict[str, Any], hidden_states: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each completion after its prompt, the sum over its tokens.
+
+    Args:
+        model: of `kept_logits`, as are the others.
+        config: the model's.
+        batch: of `lay_out`.
+        hidden_states: whether to return them, for `prompt_nll`.
+
+    Returns:
+        (completions,) float32, and what the output layer would read, (rows, longest, width), or None.
+    """
+    logits, hidden = kept_logits(model, config, batch, hidden_states)
+    # chunk by chunk, or there would be all of the logits twice
+    normalisers = torch.cat([part.float().logsumexp(-1) for part in logits.split(NLL_CHUNK)])
+    logps = logits[batch["at"], batch["targets"]].float() - normalisers[batch["at"]]
     sums = logps.new_zeros(len(batch["completion_lengths"])).index_add(0, batch["completion"], logps)
-    return sums, out.hidden_states[-1] if hidden_states else None
+    return sums, hidden
 
 
 def prompt_nll(hidden: Tensor, head: nn.Module, batch: dict[str, Any]) -> Tensor:

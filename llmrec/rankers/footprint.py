@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmrec.config import Base, Lora
-from llmrec.rankers.backbone import float_head, resolve_dtype, with_lora
+from llmrec.rankers.backbone import TunedModel, float_head, resolve_dtype, trainable
 from llmrec.rankers.completions import NLL_CHUNK
 from llmrec.rankers.letters import last_logits
 
@@ -39,8 +38,8 @@ class Footprint:
 
     Attributes:
         weights: the frozen base with its buffers.
-        adapter: LoRA's weights.
-        optimiser: gradients of the adapter, and AdamW's two moments.
+        adapter: LoRA's weights; 0 where the base is tuned whole.
+        optimiser: gradients of what is tuned, and AdamW's two moments.
         activations: what the forward pass keeps for the backward pass, or needs at a time where there is none.
         logits: what comes on top at the worst moment: logits, their gradients, what passes between two layers.
         products: weights that each token is multiplied with; not bytes.
@@ -104,18 +103,19 @@ def training_footprint(
     Args:
         config: of the base model.
         base: its dtype, quantisation and attention.
-        lora: the adapter.
+        lora: the adapter, or rank 0 for all weights.
         rows: prompts of a forward pass.
         tokens: of the longest prompt, to which the others are padded.
         checkpointing: layers are computed again in the backward pass.
         sequence_nll: the NLL covers the prompt, in chunks of positions.
     """
     with torch.device("meta"):
-        model = _hollow(config, base)
+        model = hollow(config, base if lora.r else replace(base, dtype="float32"))
         weights, linear = _weights(model, base), _linear_weights(model)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers renames its own settings
-            tuned = with_lora(model, lora, seed=0).train()
-    adapter = sum(weight.nbytes for weight in tuned.parameters() if weight.requires_grad)
+            tuned = trainable(model, lora, seed=0).train()
+    tuned_bytes = sum(weight.nbytes for weight in tuned.parameters() if weight.requires_grad)
+    adapter = tuned_bytes if lora.r else 0
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     kept, peak = _rehearse(tuned, rows, tokens, sequence_nll)
@@ -124,37 +124,47 @@ def training_footprint(
         layers = 1 if checkpointing else config.num_hidden_layers
         kept, peak = kept + layers * probabilities, peak + layers * probabilities
     products = sum(weight.numel() for weight in linear)
-    return Footprint(weights, adapter, 3 * adapter, kept, peak - kept + _unpacked(linear, base), products)
+    return Footprint(weights, adapter, 3 * tuned_bytes, kept, peak - kept + _unpacked(linear, base), products)
 
 
 def scoring_footprint(config: PreTrainedConfig, base: Base, *, rows: int, tokens: int) -> Footprint:
     """What a forward pass needs that scores `rows` prompts of up to `tokens` tokens."""
-    with torch.device("meta"):
-        model = _hollow(config, base).eval()
-        weights, linear = _weights(model, base), _linear_weights(model)
+    model, (ids, lengths) = hollow(config, base), _batch(rows, tokens)
+    return without_gradients(model, base, lambda: last_logits(model, ids, lengths))
+
+
+def without_gradients(model: PreTrainedModel, base: Base, work: Callable[[], object]) -> Footprint:
+    """What some work with a model needs.
+
+    Args:
+        model: of `hollow`.
+        base: its dtype and quantisation.
+        work: is done once, with fake tensors.
+    """
+    weights, linear = _weights(model, base), _linear_weights(model)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        model.to_empty(device="cpu")
+        model.eval().to_empty(device="cpu")
         with Alive(_all(model)) as alive:
-            last_logits(model, *_batch(rows, tokens))
+            work()
     return Footprint(weights, 0, 0, alive.peak, _unpacked(linear, base), sum(weight.numel() for weight in linear))
 
 
 def weights_bytes(config: PreTrainedConfig, base: Base) -> float:
     """Bytes of the frozen weights alone."""
-    with torch.device("meta"):
-        return _weights(_hollow(config, base), base)
+    return _weights(hollow(config, base), base)
 
 
-def _hollow(config: PreTrainedConfig, base: Base) -> PreTrainedModel:
+def hollow(config: PreTrainedConfig, base: Base) -> PreTrainedModel:
     """The model as `load_base` makes it, without content and not quantised."""
-    model = AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(base.dtype), attn_implementation=base.attention)
-    model.requires_grad_(False)
-    if model.dtype != torch.float32:
-        float_head(model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(base.dtype), attn_implementation=base.attention)
+        model.requires_grad_(False)
+        if model.dtype != torch.float32:
+            float_head(model)
     return model
 
 
-def _rehearse(model: PeftModel, rows: int, tokens: int, sequence_nll: bool) -> tuple[int, int]:
+def _rehearse(model: TunedModel, rows: int, tokens: int, sequence_nll: bool) -> tuple[int, int]:
     """Bytes kept for the backward pass, and bytes at the worst moment of the step."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # attention chooses its kernel by device; nothing is allocated

@@ -205,21 +205,21 @@ def train_orpo(
     folder: str | Path,
     *,
     encode: Callable[[str], list[int]],
-    label_ids: Mapping[str, int],
+    answers: Mapping[str, Sequence[int]],
     seed: int = 0,
     prompts: ValidationPrompts | None = None,
 ) -> TrainResult:
-    """Tune the trainable adapter of `model` on preference pairs; it goes on by itself after being killed.
+    """Tune what is trainable in `model` on preference pairs; it goes on by itself after being killed.
 
     Args:
-        model: with a trainable adapter (`with_lora`, or `load_adapter(..., trainable=True)` to continue SFT).
+        model: with a trainable adapter, or trainable itself (`load_trainable`; `load_tuned(..., to_train=True)` to continue SFT).
         tokenizer: for padding, and kept in the checkpoints.
         rows: prompt, chosen and rejected texts, one pair each; for more negatives than one also pool_items, the candidates that
-            the prompt shows, the first of which the first label answers.
+            the prompt shows, the first of which the first answer names.
         orpo: optimisation and loss.
         folder: of the checkpoints and train_log.jsonl.
-        encode: prompt -> token ids, `PromptWriter.encode`.
-        label_ids: completion -> token id.
+        encode: prompt -> token ids, `Writer.encode`.
+        answers: completion -> its token ids; for more negatives than one a single token each, in the order of the candidates.
         seed: order of rows and dropout.
         prompts: for validation, where `orpo.eval_steps` asks for it.
 
@@ -229,13 +229,14 @@ def train_orpo(
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()  # TRL maps over token ids that are made already
-    labels = list(label_ids.values())
+    labels = [ids[0] for ids in answers.values()]
     pairs = []
     for row in rows:
-        pair = {"prompt_ids": encode(row["prompt"]), "chosen_ids": [label_ids[row["chosen"]]], "rejected_ids": [label_ids[row["rejected"]]]}
+        sides = {f"{side}_ids": list(answers[row[side]]) for side in ("chosen", "rejected")}
+        pair = {"prompt_ids": encode(row["prompt"]), **sides}
         pairs.append(pair if orpo.negatives == 1 else pair | {"pool_ids": labels[: len(row["pool_items"])]})
-    longest = max((len(pair["prompt_ids"]) for pair in pairs), default=0)
-    args = ORPOConfig(**arguments(orpo, folder, seed), beta=orpo.beta, max_length=longest + 1, disable_dropout=False)
+    longest = max((len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs), default=0)
+    args = ORPOConfig(**arguments(orpo, folder, seed), beta=orpo.beta, max_length=longest, disable_dropout=False)
     options: dict[str, Any] = {"nll_on": orpo.nll_on, "loss": orpo.loss, "negatives": orpo.negatives, "gamma": orpo.gamma, **limits(orpo)}
     data = Dataset.from_list(pairs)
     trainer = SharedPromptORPOTrainer(model, args, train_dataset=data, processing_class=tokenizer, **options)

@@ -1,6 +1,8 @@
-"""Supervised fine-tuning on letters: cross-entropy of the right answer's token after the prompt, over the whole vocabulary.
+"""Supervised fine-tuning: cross-entropy of the answer's tokens after the prompt, over the whole vocabulary.
 
-LlamaRec (arXiv 2311.02089), without its end-of-text token: the letter is all that scoring reads.
+An answer is the letter of the right candidate (LlamaRec, arXiv 2311.02089, without its end-of-text token: the letter is all that
+scoring reads), or the title of the next item with the end of text (GPT4Rec, arXiv 2304.03879). The prompt's own tokens are not
+trained on.
 """
 
 from __future__ import annotations
@@ -11,59 +13,58 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from llmrec.config import Tuning
 from llmrec.errors import UserError
-from llmrec.rankers.letters import last_logits, pad
+from llmrec.rankers.backbone import TunedModel
+from llmrec.rankers.completions import kept_logits, lay_out, row_size
 from llmrec.rankers.tuning import Sums, TrainResult, WindowTrainer, arguments, fit, limits
 from llmrec.rankers.validation import ValidationPrompts
 
 
-class LetterTrainer(WindowTrainer):
-    """Trains on rows of prompt_ids, completion_ids (one token) and length; one forward pass per prompt."""
+class AnswerTrainer(WindowTrainer):
+    """Trains on rows of prompt_ids, completion_ids and length; one forward pass per prompt. The mean is over the step's tokens."""
 
     def batch_sizes(self, batch: dict[str, Any]) -> Tensor:
-        """Rows."""
-        return torch.tensor([len(batch["answers"])], dtype=torch.float32)
+        """Tokens of the answers."""
+        return torch.tensor([len(batch["targets"])], dtype=torch.float32)
 
     def window_loss(self, model: nn.Module, batch: dict[str, Any], window: Tensor) -> tuple[Tensor, Sums]:
-        """Cross-entropy of the answers, as a share of the step's."""
-        logits, answers = last_logits(model, batch["input_ids"], batch["lengths"])[batch["asked"]], batch["answers"]
-        right = (logits.argmax(-1) == answers).sum()
-        return F.cross_entropy(logits, answers, reduction="sum") / window[0], {"mean_token_accuracy": (right, len(answers))}
+        """Cross-entropy of the answers' tokens, as a share of the step's."""
+        base: Any = self.accelerator.unwrap_model(model)
+        logits, targets = kept_logits(model, base.config, batch)[0][batch["at"]].float(), batch["targets"]
+        right = (logits.argmax(-1) == targets).sum()
+        return F.cross_entropy(logits, targets, reduction="sum") / window[0], {"mean_token_accuracy": (right, len(targets))}
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """input_ids (rows, longest), lengths (rows,), answers and the places of their rows (answers,), and the rows' numbers."""
-    ids, lengths = pad([row["prompt_ids"] for row in rows], pad_id=0)
-    asked = torch.tensor([at for at, row in enumerate(rows) if row["completion_ids"]], dtype=torch.int64)
-    answers = torch.tensor([token for row in rows for token in row["completion_ids"]], dtype=torch.int64)
-    return {"input_ids": ids, "lengths": lengths, "asked": asked, "answers": answers, "rows": [row["row"] for row in rows]}
+    """Each prompt followed by its answer, of `lay_out`, and the rows' numbers. With one answer a prompt nothing is computed twice."""
+    answers = [[row["completion_ids"]] if row["completion_ids"] else [] for row in rows]
+    return lay_out("concatenated", [row["prompt_ids"] for row in rows], answers, 0) | {"rows": [row["row"] for row in rows]}
 
 
 def train_sft(
-    model: PeftModel,
+    model: TunedModel,
     rows: Iterable[Mapping[str, Any]],
     tuning: Tuning,
     folder: str | Path,
     *,
     encode: Callable[[str], list[int]],
-    label_ids: Mapping[str, int],
+    answers: Mapping[str, Sequence[int]],
     seed: int = 0,
     prompts: ValidationPrompts | None = None,
 ) -> TrainResult:
-    """Tune the trainable adapter of `model` to answer with the right letter; it goes on by itself after being killed.
+    """Tune what is trainable in `model` to answer rightly; it goes on by itself after being killed.
 
     Args:
-        model: with a trainable adapter (`with_lora`).
+        model: with a trainable adapter, or trainable itself (`load_trainable`).
         rows: prompt and completion texts.
         tuning: optimisation.
         folder: of the checkpoints and train_log.jsonl.
-        encode: prompt -> token ids, `PromptWriter.encode`.
-        label_ids: completion -> token id.
+        encode: prompt -> token ids, `Writer.encode`.
+        answers: completion -> its token ids.
         seed: order of rows and dropout.
         prompts: for validation, where `tuning.eval_steps` asks for it.
 
@@ -72,14 +73,17 @@ def train_sft(
     """
     data = []
     for number, row in enumerate(rows):
-        ids = encode(row["prompt"])
+        ids, answer = encode(row["prompt"]), list(answers[row["completion"]])
         if not ids:
             raise UserError(f"row {number}: the prompt is empty")
-        data.append({"row": number, "prompt_ids": ids, "completion_ids": [label_ids[row["completion"]]], "length": len(ids), "copies": 1})
+        if not answer:
+            raise UserError(f"row {number}: the completion is 0 tokens")
+        length, copies = row_size("concatenated", len(ids), [len(answer)], single=len(answer) == 1)
+        data.append({"row": number, "prompt_ids": ids, "completion_ids": answer, "length": length, "copies": copies})
     if not data:
         raise UserError("there are no rows to train on: see the pairs stage's README.md for what was skipped and why")
     args = TrainingArguments(**arguments(tuning, folder, seed))
     if tuning.gradient_checkpointing:
-        model.enable_input_require_grads()  # the frozen embedding would cut the graph; TRL's trainer does it by itself
-    trainer = LetterTrainer(model, args, train_dataset=data, data_collator=collate, **limits(tuning))
+        model.enable_input_require_grads()  # a frozen embedding would cut the graph; TRL's trainer does it by itself
+    trainer = AnswerTrainer(model, args, train_dataset=data, data_collator=collate, **limits(tuning))
     return fit(trainer, Path(folder), "sft", tuning, prompts)

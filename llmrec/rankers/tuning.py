@@ -17,13 +17,14 @@ import resource
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -32,6 +33,7 @@ from llmrec import distributed
 from llmrec.config import Tuning
 from llmrec.errors import UserError
 from llmrec.progress import track
+from llmrec.rankers.backbone import TunedModel
 from llmrec.rankers.steps import Steps, deal
 from llmrec.rankers.validation import METRIC, RankingValidation, ValidationPrompts
 from llmrec.runs import say
@@ -293,11 +295,22 @@ def _unshard(trainer: WindowTrainer) -> None:
         return
     whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if distributed.is_main():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        for name, parameter in list(model.named_parameters()):
-            if parameter.requires_grad:
-                module, _, own = name.rpartition(".")
-                setattr(model.get_submodule(module), own, nn.Parameter(whole[name]))
+        put_together(trainer.accelerator.unwrap_model(trainer.model), whole)
+
+
+def put_together(model: TunedModel, whole: Mapping[str, Tensor]) -> None:
+    """Give `model` these weights for those that are trained; a head that is the embedding stays the embedding.
+
+    Args:
+        model: with an adapter, or tuned whole; in place.
+        whole: weights by name.
+    """
+    for name, parameter in list(model.named_parameters()):
+        if parameter.requires_grad:
+            module, _, own = name.rpartition(".")
+            setattr(model.get_submodule(module), own, nn.Parameter(whole[name]))
+    if not isinstance(model, PeftModel):
+        model.tie_weights()  # tied weights have one name, so the other one still held the old tensor
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:

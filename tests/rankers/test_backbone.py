@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from llmrec.config import Base, Lora
 from llmrec.errors import UserError
-from llmrec.rankers.backbone import load_adapter, load_base, load_tokenizer, resolve_dtype, save_adapter, with_lora
+from llmrec.rankers.backbone import (
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    load_tuned,
+    load_untrained,
+    resolve_dtype,
+    save_adapter,
+    with_lora,
+)
 
 ROW = torch.tensor([[5, 6, 7, 8]])
 
@@ -50,6 +60,21 @@ def test_a_continued_adapter_is_the_saved_one_and_trains(tiny, tmp_path):
     assert {name for name, weight in continued.named_parameters() if weight.requires_grad} == {
         name for name, _ in continued.named_parameters() if "lora_" in name
     }
+
+
+def test_checkpoints_of_a_continued_adapter_ask_no_hub(saved_llama, tmp_path, monkeypatch):
+    """What peft writes on the way names the base that lies here; what is kept in the end names the public one."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # or peft would not try
+    base = Base(id="public/name", dtype="float32")
+    save_adapter(with_lora(load_base(saved_llama, base), Lora(), seed=0), tmp_path / "sft", base)
+    continued = load_tuned(saved_llama, base, tmp_path / "sft", to_train=True)
+    with warnings.catch_warnings(action="error"):
+        continued.save_pretrained(tmp_path / "checkpoint")
+    save_adapter(continued, tmp_path / "orpo", base)
+    names = [
+        json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"] for name in ("checkpoint", "orpo")
+    ]
+    assert names == [str(saved_llama), "public/name"]
 
 
 def test_unload_gives_the_base_back(tiny, tmp_path):
@@ -148,3 +173,12 @@ def test_a_tokenizer_without_offsets_is_refused(tmp_path):
 def test_every_family_loads_with_the_attention_it_has(family, tiny, tmp_path):
     tiny(family).save_pretrained(tmp_path)
     assert_close(load_base(tmp_path, Base(dtype="float32"))(ROW).logits, tiny(family)(ROW).logits)
+
+
+def test_an_untrained_model_computes_as_the_one_it_is_the_floor_of(saved_llama):
+    """In 16 bits the logits of both are float32, so that equally few of them tie."""
+    base = Base(dtype="bfloat16")
+    for model in (load_base(saved_llama, base), load_untrained(saved_llama, base, seed=0)):
+        assert model.dtype == torch.bfloat16
+        assert not model.training
+        assert model(ROW).logits.dtype == torch.float32

@@ -183,9 +183,10 @@ def run_of(config: Config, tmp_path) -> Run:
 def scores_of(config: Config, tmp_path, sequences, writer) -> tuple[Questions, np.ndarray]:
     run = run_of(config, tmp_path / f"orders{config.evaluation.orders}")
     asked = {"valid": questions_of(config, run, sequences, writer, "test"), "test": questions_of(config, run, sequences, writer, "test")}
-    answers, seconds = score(run, ["orpo"], asked, writer)
-    assert seconds > 0
-    return asked["test"], answers["orpo", "test"]
+    answers = score(run, ["orpo"], asked, writer, np.arange(0))
+    assert answers.seconds > 0
+    assert answers.asked["orpo", "test"].all()
+    return asked["test"], answers.scores["orpo", "test"]
 
 
 @pytest.mark.parametrize("orders", [1, 3])
@@ -209,14 +210,30 @@ def test_the_stage_scores_each_item_by_its_mean_over_the_orders(orders, ranked, 
         assert (found[user, len(items) :] == -np.inf).all()
 
 
-def test_orders_are_drawn_by_seed_and_user_and_the_first_is_that_of_a_single_one(ranked, tmp_path):
+@pytest.fixture
+def asked_with(ranked, tmp_path):
+    """The questions of a run of other settings, with the same retriever."""
     config, sequences, writer, _ = ranked
 
-    def order(orders: int, seed: int = 0) -> np.ndarray:
-        own = replace(config, seed=seed, evaluation=Evaluation(orders=orders))
+    def ask(**settings) -> Questions:
+        own = replace(config, **settings)
         if not run_folder("retrieve", own).exists():
             shutil.copytree(run_folder("retrieve", config), run_folder("retrieve", own))
-        return questions_of(own, run_of(own, tmp_path), sequences, writer, "test").order
+        return questions_of(own, run_of(own, tmp_path), sequences, writer, "test")
+
+    return ask
+
+
+@pytest.mark.parametrize("limits", [{"evaluation": Evaluation(test_users=2)}, {"limit_users": 2}])
+def test_all_seeds_ask_the_same_users(asked_with, limits):
+    asked = {tuple(asked_with(seed=seed, **limits).users) for seed in range(8)}
+    assert len(asked) == 1
+    assert len(asked.pop()) == 2
+
+
+def test_orders_are_drawn_by_seed_and_user_and_the_first_is_that_of_a_single_one(asked_with):
+    def order(orders: int, seed: int = 0) -> np.ndarray:
+        return asked_with(seed=seed, evaluation=Evaluation(orders=orders)).order
 
     several = order(6)
     np.testing.assert_array_equal(several, order(6))

@@ -254,7 +254,7 @@ def test_label_ids_are_the_pool_of_all_rows(tiny, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("loss", ["orpo", "softmax"])
 def test_train_orpo_takes_the_pool_from_the_candidates_shown(loss, tiny, tokenizer, tmp_path):
-    labels = {f"({letter})": token for letter, token in zip("ABCD", LETTERS, strict=True)}
+    answers = {f"({letter})": [token] for letter, token in zip("ABCD", LETTERS, strict=True)}
     rows = [
         {"prompt": "first one: ", "chosen": "(A)", "rejected": "(C)", "pool_items": [7, 3, 9]},
         {"prompt": "and the second: ", "chosen": "(D)", "rejected": "(A)", "pool_items": [5, 7, 3, 1]},
@@ -262,8 +262,8 @@ def test_train_orpo_takes_the_pool_from_the_candidates_shown(loss, tiny, tokeniz
     same = [
         {
             "prompt_ids": tokenizer(row["prompt"]).input_ids,
-            "chosen_ids": [labels[row["chosen"]]],
-            "rejected_ids": [labels[row["rejected"]]],
+            "chosen_ids": answers[row["chosen"]],
+            "rejected_ids": answers[row["rejected"]],
             "pool_ids": LETTERS[:size],
         }
         for row, size in zip(rows, (3, 4), strict=True)
@@ -271,7 +271,7 @@ def test_train_orpo_takes_the_pool_from_the_candidates_shown(loss, tiny, tokeniz
     model = adapted(tiny, "llama")
     expected = by_hand(model, same, orpo_by_hand if loss == "orpo" else softmax_by_hand).item()
     orpo = Orpo(batch=2, accumulation=1, beta=0.3, loss=loss, negatives="all")
-    result = train_orpo(model, tokenizer, rows, orpo, tmp_path, encode=lambda prompt: tokenizer(prompt).input_ids, label_ids=labels)
+    result = train_orpo(model, tokenizer, rows, orpo, tmp_path, encode=lambda prompt: tokenizer(prompt).input_ids, answers=answers)
     assert result.log[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -404,7 +404,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(tiny, tokenizer, tmp
 
 def test_no_pairs(tiny, tokenizer, tmp_path):
     with pytest.raises(UserError, match="no rows"):
-        train_orpo(adapted(tiny, "gpt2"), tokenizer, [], Orpo(), tmp_path, encode=list, label_ids={})
+        train_orpo(adapted(tiny, "gpt2"), tokenizer, [], Orpo(), tmp_path, encode=list, answers={})
 
 
 def test_beta_zero_leaves_the_winners_nll(tiny, tokenizer, tmp_path):

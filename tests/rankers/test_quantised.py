@@ -21,6 +21,7 @@ from llmrec.rankers.orpo import train_orpo
 from llmrec.rankers.sft import train_sft
 
 LETTERS = {letter: 33 + at for at, letter in enumerate("ABCDE")}
+ANSWERS = {letter: [token] for letter, token in LETTERS.items()}
 LABELS = list(LETTERS.values())
 CONFIGS = {
     "llama": LlamaConfig(
@@ -85,11 +86,11 @@ def tuned(request, folder, tokenizer, tmp_path_factory):
     how = {"batch": 4, "accumulation": 1, "warmup": 1, "epochs": 2, "learning_rate": 5e-3}
 
     model = with_lora(load_base(folder("llama"), base), Lora(), seed=0)
-    sft = train_sft(model, rows, Tuning(**how), work / "sft", encode=encode, label_ids=LETTERS)
+    sft = train_sft(model, rows, Tuning(**how), work / "sft", encode=encode, answers=ANSWERS)
     save_adapter(model, work / "sft", base)
 
     model = load_adapter(load_base(folder("llama"), base), work / "sft", trainable=True)
-    orpo = train_orpo(model, tokenizer, pairs, Orpo(**how, gradient_checkpointing=True), work / "orpo", encode=encode, label_ids=LETTERS)
+    orpo = train_orpo(model, tokenizer, pairs, Orpo(**how, gradient_checkpointing=True), work / "orpo", encode=encode, answers=ANSWERS)
     save_adapter(model, work / "orpo", base)
     return base, work / "orpo", model, sft, orpo
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -15,13 +16,14 @@ from torch.testing import assert_close
 
 from llmrec.config import Base, Lora, Orpo, Tuning
 from llmrec.errors import UserError
-from llmrec.rankers.backbone import compile_layers, load_base, save_adapter, with_lora
+from llmrec.rankers.backbone import compile_layers, load_base, save_adapter, save_tuned_model, trainable, with_lora
 from llmrec.rankers.orpo import train_orpo
-from llmrec.rankers.sft import LetterTrainer, collate, train_sft
-from llmrec.rankers.tuning import arguments, last_complete_checkpoint
+from llmrec.rankers.sft import AnswerTrainer, collate, train_sft
+from llmrec.rankers.tuning import arguments, last_complete_checkpoint, put_together
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rankers.json"
 LETTERS = {"A": 33, "B": 34, "C": 35}
+ANSWERS = {letter: [token] for letter, token in LETTERS.items()}
 TUNING = {"learning_rate": 1e-2, "warmup": 1, "epochs": 2, "batch": 2, "accumulation": 2, "save_steps": 2}
 
 
@@ -48,10 +50,10 @@ def train(kind: str, base, tokenizer, folder: Path, dropout: float = 0.1, seed: 
         compile_layers(model, training=True)
     if kind == "sft":
         tuning = Tuning(**TUNING | {"epochs": 3} | changes)  # four steps an epoch
-        result = train_sft(model, rows(), tuning, folder, encode=encode, label_ids=LETTERS, seed=seed)
+        result = train_sft(model, rows(), tuning, folder, encode=encode, answers=ANSWERS, seed=seed)
     else:
         result = train_orpo(
-            model, tokenizer, rows(28), Orpo(**TUNING | {"epochs": 3} | changes), folder, encode=encode, label_ids=LETTERS, seed=seed
+            model, tokenizer, rows(28), Orpo(**TUNING | {"epochs": 3} | changes), folder, encode=encode, answers=ANSWERS, seed=seed
         )
     save_adapter(model, folder / "adapter", Base())
     return result, load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -213,7 +215,7 @@ def test_sft_loss_is_the_mean_over_the_step(tiny, tmp_path):
         data = [
             {"row": at, "prompt_ids": [40 + at] * (3 + at), "completion_ids": [33 + at], "length": 3 + at, "copies": 1} for at in range(3)
         ]
-        trainer = LetterTrainer(model, TrainingArguments(**arguments(tuning, tmp_path, 0)), train_dataset=data, data_collator=collate)
+        trainer = AnswerTrainer(model, TrainingArguments(**arguments(tuning, tmp_path, 0)), train_dataset=data, data_collator=collate)
         found = {}
         trainer.create_optimizer()
         trainer.optimizer.register_step_pre_hook(
@@ -238,10 +240,10 @@ def test_unknown_completion_and_empty_prompt(saved_llama, tmp_path):
             Tuning(),
             tmp_path,
             encode=encode,
-            label_ids=LETTERS,
+            answers=ANSWERS,
         )
     with pytest.raises(UserError, match="no rows"):
-        train_sft(model, [], Tuning(), tmp_path, encode=encode, label_ids=LETTERS)
+        train_sft(model, [], Tuning(), tmp_path, encode=encode, answers=ANSWERS)
 
 
 # ------------------------------------------------------------------ the budget of a forward pass
@@ -296,7 +298,7 @@ def test_one_set_of_arguments_serves_two_trainers(tiny, tmp_path):
     args = TrainingArguments(**arguments(Tuning(batch=2, accumulation=3), tmp_path, 0))
     data = [{"row": at, "prompt_ids": [40 + at] * 3, "completion_ids": [33], "length": 3} for at in range(3)]
     for _ in range(2):
-        trainer = LetterTrainer(with_lora(tiny("llama"), Lora(), seed=0), args, train_dataset=data, data_collator=collate)
+        trainer = AnswerTrainer(with_lora(tiny("llama"), Lora(), seed=0), args, train_dataset=data, data_collator=collate)
         assert trainer.prompts_per_step == 6
 
 
@@ -309,3 +311,16 @@ def test_losses_of_five_steps_are_the_recorded_ones(kind, saved_llama, tokenizer
     recorded = json.loads(GOLDEN.read_text())
     result, _ = train(kind, load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path, dropout=0.0)
     assert [row["loss"] for row in result.log[:5]] == pytest.approx(recorded[kind], abs=1e-4)
+
+
+def test_a_tied_head_stays_the_embedding_when_split_weights_are_put_together(tiny, tmp_path):
+    """All weights of a model whose head has no name of its own; what is saved is what was trained, head included."""
+    model = trainable(copy.deepcopy(tiny("gpt2")), Lora(r=0), seed=0)
+    assert model.config.tie_word_embeddings
+    trained = {name: weight.detach() + 0.5 for name, weight in model.named_parameters()}
+    put_together(model, trained)
+    save_tuned_model(model, tmp_path, Base())
+    again = load_base(tmp_path, Base(dtype="float32"))
+    assert_close(again.get_input_embeddings().weight, trained["transformer.wte.weight"])
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert_close(dict(again.named_parameters()), trained)

@@ -16,6 +16,7 @@ from llmrec.rankers.sft import train_sft
 from llmrec.rankers.validation import METRIC, ValidationPrompts, validated
 
 LETTERS = {"A": 33, "B": 34, "C": 35, "D": 36}
+ANSWERS = {letter: [token] for letter, token in LETTERS.items()}
 
 
 def encode(prompt):
@@ -47,7 +48,7 @@ def tune(saved_llama, folder, prompts, learning_rate=1e-2, answers="ABCD", **set
     model = with_lora(load_base(saved_llama, Base(dtype="float32")), Lora(r=4, dropout=0.1), seed=5)
     how = {"warmup": 0, "schedule": "constant", "epochs": 4, "batch": 2, "accumulation": 2, "save_steps": 2} | settings
     tuning = Tuning(learning_rate=learning_rate, **how)
-    result = train_sft(model, rows, tuning, folder, encode=encode, label_ids=LETTERS, seed=1, prompts=prompts)
+    result = train_sft(model, rows, tuning, folder, encode=encode, answers=ANSWERS, seed=1, prompts=prompts)
     save_adapter(model, folder / "adapter", Base())
     return result, load_file(folder / "adapter" / "adapter_model.safetensors"), model
 
