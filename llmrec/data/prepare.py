@@ -14,7 +14,7 @@ from llmrec.config import Filter, Source, Split
 from llmrec.data import amazon, movielens, table_files
 from llmrec.data.filters import apply_filters
 from llmrec.data.rows import RawTables
-from llmrec.data.split import ambiguous_targets, in_time_order, leave_one_out
+from llmrec.data.split import ambiguous_targets, in_time_order, leave_one_out, periods, temporal
 from llmrec.data.titles import clean
 
 
@@ -44,12 +44,12 @@ def prepare_tables(source: Source, filter: Filter, split: Split, folder: Path, s
     Args:
         source: format and names of the files.
         filter: which interactions stay.
-        split: tie rule and leave-one-out.
+        split: tie rule, and which events are training, validation and test.
         folder: where the files are.
         seed: decides the order of ties under `ties: random`, nothing else.
 
     Raises:
-        UserError: missing or unreadable file, bad row, untitled item, nothing left.
+        UserError: missing or unreadable file, bad row, untitled item, nothing left, no times for a temporal split.
     """
     raw = read_tables(source, folder, filter.on_bad_rows)
     titles = titled_items(raw)
@@ -58,7 +58,8 @@ def prepare_tables(source: Source, filter: Filter, split: Split, folder: Path, s
     users = numbered(kept["raw_user"], "user", first=0)
     items = numbered(kept["raw_item"], "item", first=1)
     events = kept.join(users, on="raw_user", maintain_order="left").join(items, on="raw_item", maintain_order="left")
-    ordered = leave_one_out(in_time_order(events, split, seed), split)
+    parted = temporal if split.kind == "temporal" else leave_one_out
+    ordered = parted(in_time_order(events, split, seed), split)
     interactions = ordered.select("user", "item", "rating", "timestamp", "split")
     return Prepared(
         interactions=interactions,
@@ -107,7 +108,7 @@ def statistics(interactions: pl.DataFrame, item_count: int, dropped: dict[str, i
         interactions: as in `Prepared`.
         item_count: number of items.
         dropped: interactions dropped, by reason.
-        split: for the tie rule.
+        split: as it was made.
     """
     lengths = interactions.group_by("user").len()["len"]
     ratings = interactions["rating"].drop_nulls().round(1).value_counts(sort=False).sort("rating")
@@ -121,11 +122,29 @@ def statistics(interactions: pl.DataFrame, item_count: int, dropped: dict[str, i
         | {"mean": lengths.mean()},
         "ratings": {f"{rating:.1f}": count for rating, count in ratings.iter_rows()},
         "dropped": dropped,
-        "evaluated_users": interactions.filter(pl.col("split") == "test").height,
+        "evaluated_users": interactions.filter(pl.col("split") == "test")["user"].n_unique(),
         "ambiguous_targets": ambiguous_targets(interactions),
         "ties": split.ties,
         "first_event": _date(first),
         "last_event": _date(last),
+    } | (_temporal(interactions, split) if split.kind == "temporal" else {})
+
+
+def _temporal(interactions: pl.DataFrame, split: Split) -> dict[str, Any]:
+    """Where the periods begin, what became of the events, and what the targets are: those of new items nobody can have learnt."""
+    bounds = periods(interactions, split)
+    events = dict(interactions["split"].value_counts().iter_rows())
+    trained = interactions.filter(pl.col("split") == "train")["item"].unique()
+    targets = {}
+    for name in ("valid", "test"):
+        asked = interactions.filter(pl.col("split") == name)
+        known = asked["item"].is_in(trained.implode()).sum()
+        targets[name] = {"users": asked["user"].n_unique(), "targets": len(asked), "of_new_items": len(asked) - known}
+    dates = {"valid_from_date": _date(bounds.valid_from), "test_from_date": _date(bounds.test_from)}
+    return {
+        "periods": {"valid_from": bounds.valid_from, "test_from": bounds.test_from, **dates},
+        "events": {name: events.get(name, 0) for name in ("train", "valid", "test", "past")},
+        "targets": targets,
     }
 
 

@@ -14,8 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     import polars as pl
 
-TRAIN, VALID, TEST = 0, 1, 2
-SPLITS = ("train", "valid", "test")
+TRAIN, VALID, TEST, PAST = 0, 1, 2, 3
+SPLITS = ("train", "valid", "test", "past")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Cases:
 
     Attributes:
         split: "valid" or "test".
-        users: user numbers, (cases,) int32.
+        users: user numbers, (cases,) int32, ascending; a user has several cases where a split asks about successive targets.
         targets: the item that came next, (cases,) int32.
         ends: position of the target in `Sequences.items`, (cases,) int64. The history ends before it.
     """
@@ -41,6 +41,10 @@ class Cases:
         """The cases at `index` (positions or a mask)."""
         return Cases(self.split, self.users[index], self.targets[index], self.ends[index])
 
+    def of(self, users: np.ndarray) -> Cases:
+        """The cases of these users, who have one each, in their order."""
+        return self.take(np.searchsorted(self.users, users))
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -50,7 +54,8 @@ class Sequences:
         offsets: (users + 1,) int64.
         items: (events,) int32, 1..item_count.
         ratings: (events,) float32, NaN where there is none.
-        split: (events,) int8: TRAIN, VALID or TEST. A user's training events come before his others.
+        split: (events,) int8: TRAIN, VALID, TEST, or PAST for events that are history of later targets and nothing else. A user's
+            training events come before his others.
         item_count: number of items; ids run from 1 to it.
     """
 
@@ -88,6 +93,10 @@ class Sequences:
         start, stop = self.offsets[user], self.offsets[user + 1]
         return self.items[start:stop][self.split[start:stop] == TRAIN]
 
+    def training_counts(self) -> np.ndarray:
+        """Training events of each item, (item_count + 1,) int64; element 0 is padding."""
+        return np.bincount(self.items[self.split == TRAIN], minlength=self.item_count + 1)
+
     def train_only(self) -> Sequences:
         """The same users with nothing but their training events: what pair builders get, so that they cannot leak."""
         keep = self.split == TRAIN
@@ -95,7 +104,7 @@ class Sequences:
         return Sequences(counts[self.offsets], self.items[keep], self.ratings[keep], self.split[keep], self.item_count)
 
     def cases(self, split: str) -> Cases:
-        """The evaluation cases of "valid" or "test", one per user who has an event in it (leave-one-out)."""
+        """The evaluation cases of "valid" or "test": every event of that split, with all that came before it as history."""
         ends = np.flatnonzero(self.split == SPLITS.index(split)).astype(np.int64)
         users = (np.searchsorted(self.offsets, ends, side="right") - 1).astype(np.int32)
         return Cases(split, users, self.items[ends], ends)
@@ -103,3 +112,7 @@ class Sequences:
     def history(self, user: int, end: int) -> np.ndarray:
         """The user's items before position `end`, oldest first."""
         return self.items[self.offsets[user] : end]
+
+    def histories(self, cases: Cases) -> list[np.ndarray]:
+        """The items before each case, oldest first."""
+        return [self.history(int(user), int(end)) for user, end in zip(cases.users, cases.ends, strict=True)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+from numpy.typing import DTypeLike
 
 from llmrec.data.sequences import Sequences
 
@@ -22,6 +24,21 @@ def list_column(values: np.ndarray, real: np.ndarray) -> pl.Series:
     """
     offsets = np.concatenate([[0], np.cumsum(real.sum(1))])
     return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values[real]))))
+
+
+def padded(lists: Sequence[Sequence[float]], filler: float = 0, *, width: int | None = None, dtype: DTypeLike = np.int32) -> np.ndarray:
+    """The other way round: lists of different lengths as a matrix, (lists, width), of item ids where nothing else is said.
+
+    Args:
+        lists: none longer than `width`.
+        filler: what stands behind the short ones.
+        width: None: that of the longest.
+        dtype: of the matrix.
+    """
+    rows = np.full((len(lists), max(map(len, lists), default=0) if width is None else width), filler, dtype)
+    for row, values in zip(rows, lists, strict=True):
+        row[: len(values)] = values
+    return rows
 
 
 def load_sequences(folder: Path) -> Sequences:

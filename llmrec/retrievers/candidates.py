@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,12 +27,14 @@ class Ranked:
 
     Attributes:
         target_rank: rank of the target among all items, 1-based, ties against it, (cases,).
-        target_rank_masked: the same with the history's items taken out.
+        target_rank_optimistic: the same with ties for it: the two differ where other items have the target's score.
+        target_rank_masked: ties against it, with the history's items taken out.
         items: candidates of each case, best first, (cases, count) int32; 0 where fewer items are left.
         scores: their scores, (cases, count) float32; -inf where there is no item.
     """
 
     target_rank: np.ndarray
+    target_rank_optimistic: np.ndarray
     target_rank_masked: np.ndarray
     items: np.ndarray
     scores: np.ndarray
@@ -40,7 +43,20 @@ class Ranked:
 def _check(scores: Tensor, users: np.ndarray) -> None:
     bad = ~torch.isfinite(scores.sum(1))  # NaN and infinities stay in a sum; one that overflows is as useless
     if bad.any():
-        raise UserError(f"the retriever's scores of user {users[int(bad.nonzero()[0])]} are not finite: lower training.learning_rate")
+        user = users[int(bad.nonzero()[0])]
+        raise UserError(f"the retriever's scores of user {user} (of users.parquet) are not finite: lower training.learning_rate")
+
+
+def _scored(
+    scorer: Scorer, users: np.ndarray, history_of: Callable[[int], np.ndarray], batch: int
+) -> Iterator[tuple[slice, list[np.ndarray], Tensor]]:
+    """A batch at a time: its rows, their histories, and all items' scores, (rows, items)."""
+    for start in range(0, len(users), batch):
+        rows = slice(start, start + batch)
+        histories = [history_of(row) for row in range(len(users))[rows]]
+        scores = scorer.scores(users[rows], histories).cpu()
+        _check(scores, users[rows])
+        yield rows, histories, scores
 
 
 def _top(scores: Tensor, items: np.ndarray, kept: np.ndarray) -> None:
@@ -51,9 +67,19 @@ def _top(scores: Tensor, items: np.ndarray, kept: np.ndarray) -> None:
     items[:, :width] = np.where(kept[:, :width] > -np.inf, index.numpy() + 1, 0)
 
 
-def _ranks(scores: Tensor, own: Tensor) -> np.ndarray:
-    """How many scores of each row are at least the target's `own`, (rows, 1). Row by row: torch's sum would copy all to int64."""
-    return np.array([np.count_nonzero(row) for row in (scores >= own).numpy()], dtype=np.int32)
+def _at_least(scores: Tensor, own: Tensor) -> np.ndarray:
+    """How many scores of each row are at least the target's `own`, (rows, 1). Row by row it stays in the processor's cache."""
+    return np.array([np.count_nonzero(row >= value) for row, value in zip(scores.numpy(), own.numpy(), strict=True)], dtype=np.int32)
+
+
+def _above(scores: Tensor, own: Tensor) -> np.ndarray:
+    """How many scores of each row are above the target's."""
+    return np.array([np.count_nonzero(row > value) for row, value in zip(scores.numpy(), own.numpy(), strict=True)], dtype=np.int32)
+
+
+def _columns(items: np.ndarray) -> Tensor:
+    """Where the scores of one item per row are, (rows, 1)."""
+    return torch.from_numpy(items.astype(np.int64))[:, None] - 1
 
 
 def _mask(scores: Tensor, histories: list[np.ndarray]) -> None:
@@ -80,23 +106,20 @@ def rank(scorer: Scorer, sequences: Sequences, cases: Cases, count: int, *, repe
     answer = Ranked(
         np.zeros(len(cases), dtype=np.int32),
         np.zeros(len(cases), dtype=np.int32),
+        np.zeros(len(cases), dtype=np.int32),
         np.zeros((len(cases), count), dtype=np.int32),
         np.full((len(cases), count), -np.inf, dtype=np.float32),
     )
-    for start in range(0, len(cases), batch):
-        part = slice(start, start + batch)
-        users, ends = cases.users[part], cases.ends[part]
-        histories = [sequences.history(user, end) for user, end in zip(users, ends, strict=True)]
-        scores = scorer.scores(users, histories).cpu()
-        _check(scores, users)
-        target = torch.from_numpy(cases.targets[part].astype(np.int64))[:, None] - 1
+    for part, histories, scores in _scored(scorer, cases.users, lambda row: sequences.history(cases.users[row], cases.ends[row]), batch):
+        target = _columns(cases.targets[part])
         own = scores.gather(1, target)
-        answer.target_rank[part] = _ranks(scores, own)
+        answer.target_rank[part] = _at_least(scores, own)
+        answer.target_rank_optimistic[part] = 1 + _above(scores, own)
         if repeats:
             _top(scores, answer.items[part], answer.scores[part])
         _mask(scores, histories)
         scores.scatter_(1, target, own)  # a repeated target stays an answer
-        answer.target_rank_masked[part] = _ranks(scores, own)
+        answer.target_rank_masked[part] = _at_least(scores, own)
         if not repeats:
             _mask(scores, histories)
             _top(scores, answer.items[part], answer.scores[part])
@@ -117,13 +140,52 @@ def top_items(scorer: Scorer, sequences: Sequences, users: np.ndarray, ends: np.
     """
     found = np.zeros((len(users), count), dtype=np.int32)
     kept = np.full((len(users), count), -np.inf, dtype=np.float32)
-    for start in range(0, len(users), batch):
-        rows = slice(start, start + batch)
-        histories = [sequences.history(user, end) for user, end in zip(users[rows], ends[rows], strict=True)]
-        scores = scorer.scores(users[rows], histories).cpu()
-        _check(scores, users[rows])
+    for rows, histories, scores in _scored(scorer, users, lambda row: sequences.history(users[row], ends[row]), batch):
         _mask(scores, histories)
         _top(scores, found[rows], kept[rows])
+    return found
+
+
+@torch.inference_mode()
+def scores_of(scorer: Scorer, users: np.ndarray, histories: list[np.ndarray], items: np.ndarray, batch: int) -> np.ndarray:
+    """Scores of some items of each row.
+
+    Args:
+        scorer: the retriever.
+        users: (rows,) user numbers.
+        histories: what came before, row by row.
+        items: (rows, count), from 1.
+        batch: rows scored at a time.
+
+    Returns:
+        (rows, count) float32.
+
+    Raises:
+        UserError: when a score is NaN or infinite; it names the user.
+    """
+    found = np.zeros(items.shape, dtype=np.float32)
+    for rows, _, scores in _scored(scorer, users, histories.__getitem__, batch):
+        found[rows] = scores.gather(1, torch.from_numpy(items[rows].astype(np.int64)) - 1).numpy()
+    return found
+
+
+@torch.inference_mode()
+def ranks_of(scorer: Scorer, users: np.ndarray, histories: list[np.ndarray], targets: np.ndarray, batch: int) -> np.ndarray:
+    """Rank of each row's target among all items, 1-based, ties against it, the history not masked, (rows,) int32.
+
+    Args:
+        scorer: the retriever.
+        users: (rows,) user numbers.
+        histories: what came before, row by row.
+        targets: (rows,), from 1.
+        batch: rows scored at a time.
+
+    Raises:
+        UserError: when a score is NaN or infinite; it names the user.
+    """
+    found = np.zeros(len(users), dtype=np.int32)
+    for rows, _, scores in _scored(scorer, users, histories.__getitem__, batch):
+        found[rows] = _at_least(scores, scores.gather(1, _columns(targets[rows])))
     return found
 
 

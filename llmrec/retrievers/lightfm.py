@@ -53,7 +53,7 @@ class LightFM:
         """
         from lightfm import LightFM as Package
 
-        positive = _matrix(sequences)
+        positive = training_matrix(sequences)
         model = Package(
             no_components=settings.components,
             loss="warp",
@@ -87,7 +87,8 @@ class LightFM:
         return {"users": self.users, "items": self.items, "biases": self.biases}
 
 
-def _matrix(sequences: Sequences) -> coo_matrix:
+def training_matrix(sequences: Sequences) -> coo_matrix:
+    """A one for every training event, (users, items)."""
     keep = sequences.split == TRAIN
     users = np.repeat(np.arange(sequences.user_count), np.diff(sequences.offsets))[keep]
     items = sequences.items[keep] - 1

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmrec.data.sequences import TRAIN, Sequences
+from llmrec.data.sequences import Sequences
 
 
 @dataclass
@@ -24,8 +24,7 @@ class Popularity:
     @classmethod
     def fit(cls, sequences: Sequences) -> Popularity:
         """Count the training events."""
-        seen = sequences.items[sequences.split == TRAIN]
-        return cls(torch.from_numpy(np.bincount(seen, minlength=sequences.item_count + 1)[1:].astype(np.float32)))
+        return cls(torch.from_numpy(sequences.training_counts()[1:].astype(np.float32)))
 
     def scores(self, users: np.ndarray, histories: list[np.ndarray]) -> Tensor:
         """The same scores for everyone, (users, items)."""

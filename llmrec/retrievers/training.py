@@ -27,6 +27,7 @@ from torch import Tensor
 from llmrec import config, distributed
 from llmrec.data.sequences import Cases, Sequences
 from llmrec.errors import UserError
+from llmrec.evaluation import metrics
 from llmrec.progress import track
 from llmrec.retrievers import losses, windows
 from llmrec.retrievers.candidates import rank, rows_per_batch
@@ -115,7 +116,7 @@ def train(
             scorer = SequenceScorer(model, training.max_length)
             mine = validate.take(distributed.share(len(validate)))
             ranked = distributed.gather_rows(rank(scorer, sequences, mine, 1, repeats=True, batch=batch).target_rank)
-            row["valid_ndcg@10"] = float(np.where(ranked <= 10, 1 / np.log2(ranked + 1.0), 0.0).mean())
+            row["valid_ndcg@10"] = metrics.summary(ranked, ks=(10,), users=validate.users)["ndcg@10"]
             if row["valid_ndcg@10"] > progress.best:
                 progress.best, progress.best_epoch = row["valid_ndcg@10"], epoch
                 _save(checkpoints / "best.safetensors", dict(model.state_dict()))

@@ -6,7 +6,7 @@ import torch
 
 from llmrec.data.sequences import TEST, TRAIN, VALID, Sequences
 from llmrec.errors import UserError
-from llmrec.retrievers.candidates import rank, rows_per_batch, top_items
+from llmrec.retrievers.candidates import rank, ranks_of, rows_per_batch, scores_of, top_items
 
 
 class Fixed:
@@ -25,7 +25,7 @@ def scorer(counting):
 
 
 @pytest.mark.parametrize("batch", [7, 1000])
-def test_ranks_count_ties_against_the_target(counting, scorer, batch):
+def test_ranks_count_ties_against_the_target_and_for_it(counting, scorer, batch):
     cases = counting.cases("test")
     found = rank(scorer, counting, cases, 5, repeats=False, batch=batch)
     for at, (user, target, end) in enumerate(zip(cases.users, cases.targets, cases.ends, strict=True)):
@@ -33,6 +33,7 @@ def test_ranks_count_ties_against_the_target(counting, scorer, batch):
         history = set(counting.history(user, end).tolist())
         others = [item for item in scores if item != target]
         assert found.target_rank[at] == 1 + sum(scores[item] >= scores[target] for item in others)
+        assert found.target_rank_optimistic[at] == 1 + sum(scores[item] > scores[target] for item in others)
         assert found.target_rank_masked[at] == 1 + sum(scores[item] >= scores[target] for item in others if item not in history)
         unseen = [item for item in scores if item not in history]
         assert not history & set(found.items[at].tolist())
@@ -81,6 +82,11 @@ def test_scores_that_are_no_numbers_are_an_error_naming_the_user(counting, score
         rank(scorer, counting, counting.cases("test"), 5, repeats=False, batch=16)
     with pytest.raises(UserError, match="user 37 "):
         top_items(scorer, counting, np.arange(60), counting.offsets[1:], 5, batch=16)
+    histories, one = [np.array([1])] * 60, np.ones((60, 1), dtype=np.int32)
+    with pytest.raises(UserError, match="user 37 "):
+        scores_of(scorer, np.arange(60), histories, one, batch=16)
+    with pytest.raises(UserError, match="user 37 "):
+        ranks_of(scorer, np.arange(60), histories, one[:, 0], batch=16)
 
 
 def test_top_items_leave_the_history_out(counting, scorer):
@@ -90,6 +96,40 @@ def test_top_items_leave_the_history_out(counting, scorer):
         history = set(counting.history(user, end).tolist())
         assert set(row[row > 0].tolist()) == set(range(1, 31)) - history
         assert (row == 0).sum() == len(history)
+
+
+@pytest.mark.parametrize("batch", [7, 1000])
+def test_some_items_and_other_targets_are_scored_after_histories_of_their_own(batch):
+    """By a scorer that looks at the history: item i's score is i times the history's first item, modulo 7."""
+
+    class ByFirst:
+        def scores(self, users, histories):
+            first = torch.tensor([int(history[0]) for history in histories])
+            return (first[:, None] * torch.arange(1, 21) % 7).float()
+
+    random = np.random.default_rng(0)
+    histories = [random.integers(1, 21, 1 + row % 3) for row in range(25)]
+    items = random.integers(1, 21, (25, 4)).astype(np.int32)
+    first = np.array([history[0] for history in histories])
+    expected = first[:, None] * items % 7
+    np.testing.assert_array_equal(scores_of(ByFirst(), np.arange(25), histories, items, batch), expected)
+    everything = first[:, None] * np.arange(1, 21) % 7
+    ranks = (everything >= expected[:, :1]).sum(1)
+    np.testing.assert_array_equal(ranks_of(ByFirst(), np.arange(25), histories, items[:, 0], batch), ranks)
+
+
+@pytest.mark.parametrize("successive", [False, True])
+def test_a_user_may_have_several_cases(counting, scorer, successive):
+    """Each with its own history; a case's answer does not depend on the others."""
+    split = counting.split.copy()
+    split[split == VALID] = TEST if successive else VALID
+    several = Sequences(counting.offsets, counting.items, counting.ratings, split, counting.item_count)
+    cases = several.cases("test")
+    assert len(cases) == (120 if successive else 60)
+    found = rank(scorer, several, cases, 5, repeats=False, batch=16)
+    single = [rank(scorer, several, cases.take(np.array([at])), 5, repeats=False, batch=16) for at in range(len(cases))]
+    for name, rows in vars(found).items():
+        np.testing.assert_array_equal(rows, np.concatenate([vars(one)[name] for one in single]))
 
 
 @pytest.mark.parametrize(("item_count", "rows"), [(1, 256), (131_072, 256), (1_000_000, 33), (100_000_000, 1)])
