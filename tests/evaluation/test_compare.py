@@ -4,19 +4,31 @@ import numpy as np
 import pytest
 
 from llmrec.errors import UserError
-from llmrec.evaluation.compare import duration, p_value, render, table, verdict
+from llmrec.evaluation import report
+from llmrec.evaluation.compare import duration, p_value, render, render_comparison, table, verdict
+from llmrec.evaluation.metrics import per_user
+from llmrec.evaluation.significance import holm, paired_permutation
 
 
 def comparisons(fused, orpo):
-    """Comparisons with the retriever on NDCG@10 that have the given (difference, low, high)."""
+    """Comparisons with the retriever on NDCG@10 that have the given (difference, corrected p); their intervals are all far above zero."""
     rows = {"fused": fused, "orpo": orpo}
     return [
-        {"a": a, "b": "retriever", "metric": "ndcg@10", "difference": d, "ci95": [low, high], "p": 0.5}
-        for a, (d, low, high) in rows.items()
+        {
+            "a": a,
+            "b": "retriever",
+            "metric": "ndcg@10",
+            "difference": d,
+            "ci95": [0.01, 0.03],
+            "p": 0.001,
+            "p_permutation": 0.001,
+            "p_holm": p,
+        }
+        for a, (d, p) in rows.items()
     ]
 
 
-UP, UNSURE, DOWN, NONE = (0.02, 0.01, 0.03), (0.004, -0.01, 0.02), (-0.02, -0.03, -0.01), (0.0, 0.0, 0.0)
+UP, UNSURE, DOWN, NONE = (0.02, 0.01), (0.004, 0.06), (-0.02, 0.01), (0.0, 1.0)
 
 
 def test_overall_is_the_hit_subset_times_the_share_of_hits(table):
@@ -38,6 +50,13 @@ def test_comparisons_are_the_differences_of_the_table(table):
     for c in table["comparisons"]:
         assert c["difference"] == pytest.approx(table["overall"][c["a"]][c["metric"]] - table["overall"][c["b"]][c["metric"]])
         assert c["ci95"][0] <= c["difference"] <= c["ci95"][1]
+
+
+def test_comparisons_are_tested_alone_and_corrected_together(table, ranks):
+    for c in table["comparisons"]:
+        a, b = (per_user(ranks[system])[c["metric"]] for system in (c["a"], c["b"]))
+        assert c["p_permutation"] == paired_permutation(a, b, resamples=500, seed=0)
+    assert [c["p_holm"] for c in table["comparisons"]] == holm([c["p_permutation"] for c in table["comparisons"]])
 
 
 def test_every_mean_lies_in_its_interval(table):
@@ -78,6 +97,12 @@ def test_render_shows_every_number(table):
             assert line.split()[1:] == [f"{value:.4f}" for value in values.values()]
     assert f"{table['bound']['hr@20']:.4f}" in text.splitlines()[0]
     assert max(map(len, text.splitlines())) < 120
+    assert [line for line in text.splitlines() if "(Holm)" in line] == [render_comparison(c) for c in table["comparisons"]]
+
+
+def test_a_comparison_is_shown_with_its_corrected_p():
+    c = {"a": "orpo", "b": "sft", "metric": "hr@10", "difference": 0.02, "ci95": [0.01, 0.03], "p": 0.001, "p_permutation": 0.002}
+    assert render_comparison(c | {"p_holm": 0.012}) == "orpo - sft           HR@10    +0.0200 [+0.0100, +0.0300]  p 0.012 (Holm)"
 
 
 @pytest.mark.parametrize(
@@ -88,17 +113,21 @@ def test_render_shows_every_number(table):
         (DOWN, "It hurts"),
     ],
 )
-def test_the_verdict_follows_the_interval(fused, start):
+def test_the_verdict_follows_the_corrected_test(fused, start):
     text = verdict(comparisons(fused, UNSURE), 0.4, seconds_retriever=0.002, seconds_ranker=0.48)
     assert text.startswith(start)
     assert "241 times the latency (2.0 ms -> 482 ms per user)" in text
     assert "Fusion weight 0.40" in text
-    assert "By itself the LLM changes it by +0.0040 [-0.0100, +0.0200], not shown to differ" in text
+    assert "By itself the LLM changes it by +0.0040 [+0.0100, +0.0300], not shown to differ" in text
 
 
-@pytest.mark.parametrize("edge", [(0.01, 0.0, 0.02), (-0.01, -0.02, 0.0)])
-def test_an_interval_that_touches_zero_shows_nothing(edge):
-    assert verdict(comparisons(edge, UNSURE), 0.4, 1, 1).startswith("Not shown")
+@pytest.mark.parametrize("difference", [0.01, -0.01])
+def test_the_verdict_and_the_marks_of_the_page_agree_at_the_edge(difference):
+    for p, shown in ((0.05, False), (0.0499, True)):
+        found = comparisons((difference, p), UNSURE)
+        assert verdict(found, 0.4, 1, 1).startswith("Not shown") != shown
+        assert (("fused", "ndcg@10") in report.marks(found)) == shown
+    assert "p 0.050 (Holm)" in verdict(comparisons((difference, 0.05), UNSURE), 0.4, 1, 1)
 
 
 @pytest.mark.parametrize(

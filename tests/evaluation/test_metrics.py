@@ -3,11 +3,13 @@ import math
 import ir_measures
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from llmrec.evaluation.metrics import KS, per_user, rank_of_target, summary
+from llmrec.evaluation.metrics import KS, by_user, expected, per_user, rank_of_target, summary, tie_range, ties
+
+THEIRS = {"hr": ir_measures.Success, "ndcg": ir_measures.nDCG, "mrr": ir_measures.RR, "recall": ir_measures.R}
 
 RANKS = arrays.arrays(np.int32, st.integers(1, 40), elements=st.integers(0, 40))
 
@@ -20,18 +22,54 @@ def test_by_hand():
     assert values["mrr@10"].tolist() == [1, pytest.approx(1 / 3), 0, 0]
 
 
-def test_agrees_with_trec_eval():
-    random = np.random.default_rng(1)
-    users, items, targets = 40, 30, random.integers(1, 31, 40)
-    scores = random.random((users, items))
-    candidates = np.tile(np.arange(1, items + 1), (users, 1))
-    ours = summary(rank_of_target(scores, candidates, targets))
-    qrels = [ir_measures.Qrel(str(u), str(t), 1) for u, t in enumerate(targets)]
-    run = [ir_measures.ScoredDoc(str(u), str(i + 1), scores[u, i]) for u in range(users) for i in range(items)]
-    names = {"hr": ir_measures.Success, "ndcg": ir_measures.nDCG, "mrr": ir_measures.RR}
-    measures = {f"{name}@{k}": measure @ k for name, measure in names.items() for k in KS}
-    theirs = ir_measures.calc_aggregate(list(measures.values()), qrels, run)
-    assert ours == pytest.approx({name: theirs[measure] for name, measure in measures.items()}, abs=1e-12)
+def by_ir_measures(right, scores, ks):
+    """Metric -> value of each user, by trec_eval, of items ranked by scores that are all different.
+
+    Args:
+        right: set of columns per user.
+        scores: (users, items).
+    """
+    qrels = [ir_measures.Qrel(str(user), str(item), 1) for user, items in enumerate(right) for item in items]
+    run = [ir_measures.ScoredDoc(str(user), str(item), score) for user, row in enumerate(scores) for item, score in enumerate(row.tolist())]
+    names = {str(measure @ k): f"{name}@{k}" for name, measure in THEIRS.items() for k in ks}
+    found = {name: np.zeros(len(right)) for name in names.values()}
+    for value in ir_measures.iter_calc([measure @ k for measure in THEIRS.values() for k in ks], qrels, run):
+        found[names[str(value.measure)]][int(value.query_id)] = value.value
+    return found
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 6), st.integers(1, 30), st.integers(0, 9999))
+def test_agrees_with_trec_eval(users, items, seed):
+    random = np.random.default_rng(seed)
+    scores = random.permuted(np.tile(np.arange(items, dtype=float), (users, 1)), axis=1)
+    targets = random.integers(0, items, users)
+    ours = per_user(rank_of_target(scores, np.tile(np.arange(1, items + 1), (users, 1)), targets + 1))
+    theirs = by_ir_measures([{int(target)} for target in targets], scores, KS)
+    for name, values in ours.items():
+        assert values == pytest.approx(theirs[name], abs=1e-12)
+        if name.startswith("hr"):
+            assert values == pytest.approx(theirs[name.replace("hr", "recall")], abs=1e-12)
+
+
+def test_a_user_with_several_cases_counts_once():
+    found = summary(np.array([1, 1, 0, 2]), ks=(1,), users=np.array([7, 7, 7, 9]))
+    assert found["hr@1"] == pytest.approx((2 / 3 + 0) / 2)
+    assert summary(np.array([1, 0]), users=np.array([4, 3])) == summary(np.array([1, 0]))
+    assert by_user(np.array([1.0, 4.0, 2.0]), np.array([9, 7, 9])).tolist() == [4, 1.5]  # users ascending
+
+
+def test_ties_by_hand_of_users_with_several_cases():
+    """User 3's second target stands third to twelfth, user 5's is sure at the second place."""
+    best, worst, users = np.array([1, 3, 2]), np.array([1, 12, 2]), np.array([3, 3, 5])
+    second, tied = 1 / math.log2(3), sum(1 / math.log2(place + 1) for place in range(3, 11)) / 10
+    assert ties(best, worst, users) == {
+        "tied_users": 1,
+        "hr@10": [1, 0.75],
+        "expected_hr@10": pytest.approx((1.8 / 2 + 1) / 2),
+        "ndcg@10": [pytest.approx((0.75 + second) / 2), pytest.approx((0.5 + second) / 2)],
+        "expected_ndcg@10": pytest.approx(((1 + tied) / 2 + second) / 2),
+    }
 
 
 @given(RANKS)
@@ -103,3 +141,49 @@ def test_rank_does_not_depend_on_the_order_of_candidates(data):
     assert rank == rank_of_target(scores[None, order], items[None, order], target)
     others_not_below = sum(scores[i] >= scores[target[0] - 1] for i in range(n) if i != target[0] - 1)
     assert rank[0] == 1 + others_not_below
+
+
+def test_the_tie_range_by_hand():
+    candidates = np.array([[5, 6, 7, 8]] * 4 + [[5, 6, 0, 0]])
+    scores = np.array([[1.0, 1.0, 1.0, 1.0], [3.0, 2.0, 2.0, 1.0], [0.0, 0.0, 0.0, 1.0], [1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 9.0]])
+    best, worst = tie_range(scores, candidates, np.array([5, 6, 8, 9, 6]))
+    assert best.tolist() == [1, 2, 1, 0, 1]
+    assert worst.tolist() == [4, 3, 1, 0, 2]
+
+
+def test_the_expectation_is_of_the_metric_not_of_the_mean_rank():
+    found = expected(np.array([1, 2, 0]), np.array([3, 2, 0]), ks=(2,))
+    assert found["hr@2"].tolist() == [pytest.approx(2 / 3), 1, 0]
+    assert found["mrr@2"].tolist() == [pytest.approx((1 + 1 / 2) / 3), 0.5, 0]
+    assert found["ndcg@2"].tolist() == [pytest.approx((1 + 1 / math.log2(3)) / 3), pytest.approx(1 / math.log2(3)), 0]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.data())
+def test_the_expectation_is_the_mean_over_all_places_in_the_tie(scores, data):
+    """Against every order of the items with the target's score."""
+    target = data.draw(st.integers(0, len(scores) - 1))
+    row = np.array([scores], float)
+    best, worst = tie_range(row, np.arange(1, len(scores) + 1)[None], np.array([target + 1]))
+    above, level = sum(s > scores[target] for s in scores), sum(s == scores[target] for s in scores)
+    places = np.arange(above + 1, above + level + 1)
+    assert (best[0], worst[0]) == (places[0], places[-1])
+    assert rank_of_target(row, np.arange(1, len(scores) + 1)[None], np.array([target + 1]))[0] == places[-1]
+    of_all, found = per_user(places), expected(best, worst)
+    assert list(found) == list(of_all)
+    for name, values in of_all.items():
+        assert found[name][0] == pytest.approx(values.mean())
+        assert per_user(worst)[name][0] - 1e-12 <= found[name][0] <= per_user(best)[name][0] + 1e-12
+
+
+@given(RANKS)
+def test_without_ties_the_expectation_is_the_metric(rank):
+    found = expected(rank, rank)
+    for name, values in per_user(rank).items():
+        assert (found[name] == values).all()
+
+
+@pytest.mark.parametrize(("best", "worst"), [([3], [2]), ([0], [2]), ([1, 1], [1])])
+def test_refuses_what_is_no_tie(best, worst):
+    with pytest.raises(ValueError, match="optimistic rank"):
+        expected(np.array(best), np.array(worst))
