@@ -1,24 +1,26 @@
-"""report.html: everything one evaluation has to say, in a single file that needs nothing else.
+"""report.html: everything one evaluation has to say, for the person who decides, in one file (see `page`).
 
-Pictures are inside the file; there are no scripts, no links and no outside addresses, and the page's own content
-security policy forbids them. Titles come from strangers: jinja2 escapes every value, `_plain` does the rest.
+From top to bottom: the verdict, the table, the bound, the cost; where the ranker helps and hurts; the training; users to look at;
+and the fine print. What was not measured is left out.
 """
 
 from __future__ import annotations
 
-import base64
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup, escape
-
-from llmrec.evaluation.compare import Table, duration, headings, p_value
+from llmrec.evaluation.catalogue import COLUMNS, CatalogueTable
+from llmrec.evaluation.compare import Comparison, Table, direction, headings
+from llmrec.evaluation.drawing import Picture
 from llmrec.evaluation.metrics import KS
+from llmrec.evaluation.page import write_page
+from llmrec.evaluation.slices import Slice
+
+MAIN = ("ndcg@10", "hr@10", "mrr@10")
+MARKS = {1: "▲", -1: "▼", 0: ""}
+"""What stands beside a number that is shown to be better, or worse, than the one it is tested against (see `compare.direction`)."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,33 @@ class Sample:
     """Titles, oldest first."""
     candidates: list[Candidate]
 
+    @property
+    def target(self) -> Candidate | None:
+        """The candidate that came next."""
+        return next((candidate for candidate in self.candidates if candidate.is_target), None)
+
+
+@dataclass(frozen=True)
+class WrittenQuery:
+    """A query, and its log-probability."""
+
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class QuerySample:
+    """A user for whom queries were written."""
+
+    user: str
+    history: list[str]
+    """Titles, oldest first."""
+    target: str
+    queries: list[WrittenQuery]
+    """Best first."""
+    items: list[tuple[str, bool]]
+    """Titles that the queries found, and whether each is the target's."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -55,7 +84,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Context:
-    """What the report shows, from top to bottom. Mappings may be nested; they are shown as "a.b" = value."""
+    """What the report shows. Mappings may be nested; they are shown as "a.b" = value. What is empty is left out."""
 
     title: str
     """E.g. "ml-100k: 2mamba4rec + llamarec-smollm2-135m"."""
@@ -63,8 +92,8 @@ class Context:
     """From `compare.verdict`."""
     table: Table
     """From `compare.table`."""
-    plots: Mapping[str, Path]
-    """Caption -> PNG file."""
+    pictures: Mapping[str, list[Picture]]
+    """By the section they stand in: "results", "bound", "cost", "where", "training", "data"."""
     samples: list[Sample]
     pairs: Mapping[str, Any]
     """Statistics of the preference pairs."""
@@ -77,56 +106,42 @@ class Context:
     """Where the base model's weights come from."""
     recipe: Mapping[str, Any]
     """The resolved configuration."""
+    latency: Mapping[str, float] = field(default_factory=dict)
+    """"retriever_seconds" and "ranker_seconds" for one user on his own."""
+    slices: Mapping[str, list[Slice]] = field(default_factory=dict)
+    """What users are cut by -> `slices.slices`."""
+    measures: Mapping[str, Any] = field(default_factory=dict)
+    """"preference", "beyond_accuracy", "ties", "calibration" and "position_bias" of metrics.json, those that are there."""
+    catalogue: CatalogueTable | None = None
+    """From `catalogue.table`, of a ranker that writes queries."""
+    catalogue_cost: str = ""
+    """Its speed, in a line."""
+    query_samples: list[QuerySample] = field(default_factory=list)
 
 
 def write_report(path: Path, context: Context) -> None:
     """Write the report as one HTML file.
 
     Raises:
-        OSError: when a picture cannot be read or the file not be written.
+        OSError: when the file cannot be written.
     """
-    environment = jinja2.Environment(
-        autoescape=True, finalize=_plain, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"flat": _flat, "duration": duration, "p_value": p_value, "number": _number}
-    template = environment.from_string((resources.files("llmrec.evaluation") / "report.html.j2").read_text("utf-8"))
-    pictures = {caption: base64.b64encode(png.read_bytes()).decode() for caption, png in context.plots.items()}
-    parts = headings(context.table)
-    names = [f"{metric}@{k}" for metric in ("hr", "ndcg", "mrr") for k in KS]
-    html = template.render(c=context, pictures=pictures, parts=parts, names=names)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(html, encoding="utf-8")
-    os.replace(beside, path)
+    values = {
+        "c": context,
+        "parts": headings(context.table),
+        "main": MAIN,
+        "names": [f"{metric}@{k}" for metric in ("hr", "ndcg", "mrr") for k in KS],
+        "marks": marks(context.table["comparisons"]),
+        "corrected": any("p_holm" in comparison for comparison in context.table["comparisons"]),
+        "catalogue_names": COLUMNS,
+    }
+    write_page(path, "report.html.j2", values)
 
 
-def _plain(value: Any) -> Any:
-    """Make a value printable text before it is escaped.
+def marks(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], str]:
+    """Which numbers of the table differ from the retriever's, after Holm's correction for the number of comparisons.
 
-    Control characters, direction overrides and lone surrogates become spaces. The colon of an address is written as
-    an entity: readers see the address, and nothing that looks for links finds one.
+    Returns:
+        (system, metric) -> "▲" better or "▼" worse. Empty where the comparisons were not corrected.
     """
-    if isinstance(value, str) and not isinstance(value, Markup):
-        visible = "".join(c if c.isprintable() or c == "\n" else " " for c in value)
-        return Markup(escape(visible).replace("://", Markup("&#58;//")))
-    return value
-
-
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """A nested mapping as a list of ("a.b", value)."""
-    rows: list[tuple[str, Any]] = []
-    for key, value in mapping.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return rows
-
-
-def _number(value: Any) -> str:
-    """A value as a reader wants it: 100,000 and 0.0631, and true, none and words as they are written in recipes."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_number(v) for v in value)
-    return str(value)
+    tested = {(c["a"], c["metric"]): MARKS[direction(c)] for c in comparisons if c["b"] == "retriever"}
+    return {place: mark for place, mark in tested.items() if mark}
