@@ -28,10 +28,16 @@ SUMMARY = {
     "prepare": "raw files -> interactions, items and users, split in training, validation and test",
     "retrieve": "train a retriever and write every user's top candidates",
     "pairs": "build prompts, SFT rows and preference pairs from the training part",
-    "sft": "fine-tune the language model to answer with the letter of the next item",
+    "sft": "fine-tune the language model to answer with the next item",
     "orpo": "tune it on preference pairs with ORPO",
     "evaluate": "rank the candidates of the test users, compare, and write report.html",
+    "order": "does order matter here? ask a retriever about the same histories shuffled and reversed",
+    "bench": "time finished retrievers and language models: seconds per user with intervals, memory, parameters",
     "export": "write the tuned ranker as a folder to hand on: the adapter, or (--merged) the whole model",
+    "report": "make the report of one run again, or one page about several",
+    "audit": "look for leaks in a run and all it rests on, one line per check; exit code 1 when there is one",
+    "compare": "finished runs side by side, with tests, and only if they were measured alike",
+    "check-table": "find the rows of a table of results that no ranking can have given",
     "runs": "list what exists, with its headline metric",
     "doctor": "print versions, devices, kernels and caches, and what is missing",
 }
@@ -60,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: command and arguments; those of the process when None.
 
     Returns:
-        0 when all went well, 2 for a mistake the user can mend (one line on stderr).
+        0 when all went well, 1 when `audit` or `check-table` found something, 2 for a mistake the user can mend (one line on stderr).
     """
     arguments = sys.argv[1:] if argv is None else argv
     command = arguments[0] if arguments else "--help"
@@ -75,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         elif command in STAGES:
             _stage(command, arguments[1:])
         elif command in SUMMARY:
-            _inspect(command, arguments[1:])
+            return _inspect(command, arguments[1:])
         else:
             near = difflib.get_close_matches(command, SUMMARY, n=1)
             raise UserError(f"unknown command '{command}'{f', did you mean {near[0]}?' if near else ''} The commands: {', '.join(SUMMARY)}")
@@ -103,7 +109,7 @@ def _complain(name: str, error: UserError) -> None:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10}{text}" for name, text in SUMMARY.items()]
+    lines = [f"  {name:<13}{text}" for name, text in SUMMARY.items()]
     return "\n".join(
         [
             "usage: llmrec COMMAND [--config FILE ...] [--key value ...]",
@@ -119,14 +125,15 @@ def _overview() -> str:
     )
 
 
-def _inspect(command: str, arguments: list[str]) -> None:
-    from llmrec import inspection
+def _inspect(command: str, arguments: list[str]) -> int:
+    from llmrec.inspection import COMMANDS
 
-    parser = ArgumentParser(prog=f"llmrec {command}", description=SUMMARY[command], exit_on_error=False, allow_abbrev=False)
-    if command == "runs":
-        parser.add_argument("--runs", default="runs", help="folder of the run folders")
-    options = _parse(parser, arguments)
-    print(json.dumps(inspection.list_runs(options.runs) if command == "runs" else inspection.doctor()))
+    its = COMMANDS[command]
+    parser = ArgumentParser(prog=f"llmrec {command}", description=its.teaches or SUMMARY[command], exit_on_error=False, allow_abbrev=False)
+    its.add_arguments(parser)
+    answer, code = its.run(_parse(parser, arguments))
+    print(json.dumps(answer))
+    return code
 
 
 def _stage(command: str, arguments: list[str]) -> None:

@@ -55,6 +55,8 @@ class Source:
     """`algorithm:hex` of each address in turn, where the publisher gives one."""
     wheel: Wheel | None = None
     """A registry copy, tried last."""
+    files_of: str | None = None
+    """Name of the data set whose files these are, where several recipes share them; null: this one's own."""
     licence: str | None = None
     """One line, printed when the data is fetched and kept in the cards."""
 
@@ -72,17 +74,27 @@ class Filter:
     minimum_rating: float | None = None
     """Drop interactions rated lower."""
     core: int = 5
-    """Iterative k-core: every user and item keeps at least this many events. 0 keeps all."""
+    """Iterative k-core: every user and item keeps at least this many events, those of later periods counted in a temporal split, too. 0
+    keeps all."""
 
 
 @dataclass
 class Split:
-    """Leave-one-out: each user's last event is the test target, the one before it the validation target."""
+    """What is trained on, and what is asked in validation and test."""
 
+    kind: Literal["leave_one_out", "temporal"] = "leave_one_out"
+    """leave_one_out: each user's last event is the test target, the one before it the validation target; temporal: two points in time
+    for all users, training before the first, validation between them, test after the second."""
+    target: Literal["last", "successive"] = "last"
+    """temporal: a user is asked about his last event of a period, or about every one, each with all that came before it as history."""
+    valid_quantile: float = 0.8
+    """temporal: validation begins at this quantile of all timestamps."""
+    test_quantile: float = 0.9
+    """temporal: test begins at this quantile."""
     ties: Literal["file_order", "item_id", "random"] = "file_order"
     """Order of a user's events with equal timestamps. Ambiguous targets are counted in metrics.json."""
     minimum_events: int = 5
-    """Users with fewer events have training events only. At least 3."""
+    """leave_one_out: users with fewer events have training events only. At least 3."""
 
 
 # ---------------------------------------------------------------- retrievers
@@ -209,6 +221,9 @@ class Retrieval:
     """Whether a candidate may come from the user's history (listening, groceries); set by the dataset recipe."""
     keep_states: bool = False
     """Keep every user's state, so that new events cost one step each; for sequence models whose mixer has a state."""
+    legacy: Literal["uniform", "popularity"] | None = None
+    """Measure against 100 sampled negatives too, beside the full ranking, for tables that were made so: drawn uniformly, or as often as
+    items have training events. Such numbers compare with nothing else, and do not even order models as the full ranking does."""
 
 
 # ---------------------------------------------------------------- prompts and pairs
@@ -280,7 +295,9 @@ class Base:
     """torch.compile for the layers of attention models: faster, after half a minute of compiling in each stage (docs/tuning.md). On a CPU
     it needs a C++ compiler, and training computes attention as transformers writes it out, whatever `attention` says."""
     shape: dict[str, Any] | None = None
-    """What config.json says of the model's size, for forecasts before the model is here."""
+    """What config.json says of the model's size, for forecasts before the model is here, or for scratch."""
+    scratch: bool = False
+    """Begin with random weights of `shape`, drawn by seed; of the model `id` only the tokenizer is used."""
 
 
 @dataclass
@@ -288,6 +305,7 @@ class Lora:
     """LoRA adapter (peft)."""
 
     r: int = 8
+    """Rank. 0: no adapter, all weights are tuned, in float32, and saved as an ordinary model."""
     alpha: int = 32
     dropout: float = 0.05
     targets: list[str] | None = None
@@ -319,7 +337,7 @@ class Tuning:
     """Optimiser steps from one validation to the next: NDCG@10 of the target among the retriever's candidates. The best adapter is
     kept. null: no validation, the last adapter is kept."""
     eval_users: int = 200
-    """Validation users asked, of those whose target is among the candidates (sampled by seed)."""
+    """Validation users asked, of those whose target is among the candidates; the same ones for every seed."""
     patience: int | None = None
     """Validations without a better NDCG@10 before the training stops; null: it goes on to the end."""
     report_to: str = "none"
@@ -358,7 +376,7 @@ class Evaluation:
     valid_users: int | None = None
     """At most this many validation users for the fusion weight, of those whose target is among the candidates."""
     test_users: int | None = None
-    """At most this many test users, sampled by seed (null: all)."""
+    """At most this many test users, the same ones for every seed (null: all)."""
     batch: int = 32
     """Prompts per forward pass when scoring."""
     ask: Literal["all", "retrieved"] = "all"
@@ -368,7 +386,62 @@ class Evaluation:
     """Orders of the candidates in which each user is asked, shuffled by seed and user; an item's score is the mean of its letters'
     log-probabilities. More than one evens out what the model thinks of places and letters."""
     resamples: int = 10_000
-    """Bootstrap resamples of the users behind every interval."""
+    """Bootstrap resamples of the users behind every interval, and random exchanges behind every permutation test."""
+    liked: float = 4.0
+    """The lowest good rating, on the data's own scale: the ranking of targets so rated stands apart, under "preference"."""
+
+
+@dataclass
+class Queries:
+    """How a ranker that writes titles (prompt.template gpt4rec) recommends from the whole catalogue."""
+
+    count: int = 10
+    """Queries per user, which are the beams of the search; each is as long as a title may be, prompt.title_tokens."""
+    batch: int = 8
+    """Prompts per forward pass, each with all its beams."""
+    filter_history: bool | None = None
+    """Whether items of the user's history are left out of what the queries find; null: as the retriever does (retrieval.repeats)."""
+    valid_users: int = 500
+    """Validation users, the same ones for every seed, on whom BM25's k1 and b are chosen by recall in the top 10, of equals by MRR."""
+    k1: list[float] = field(default_factory=lambda: [0.5, 0.8, 1.2, 1.5, 2.0])
+    """Values to choose from: how much more a word counts that a title repeats."""
+    b: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Values to choose from: how much less a word counts in a long title, 0 to 1."""
+
+
+@dataclass
+class Order:
+    """How a retriever is asked about histories in other orders."""
+
+    shuffles: int = 5
+    """Random orders of every history."""
+    resamples: int = 10_000
+    """Bootstrap resamples of the users behind every interval, and random exchanges behind every permutation test."""
+
+
+@dataclass
+class Bench:
+    """Which finished models are timed, and how (arXiv 2408.05606, section 3.4.1)."""
+
+    retrievers: str | None = None
+    """Names of finished run folders of retrieve, separated by commas; null: all of this data; none: none."""
+    rankers: str | None = None
+    """Names of finished run folders of orpo, or of sft where there is no orpo of that name, likewise."""
+    users: int = 1500
+    """At most this many test users are timed for each retriever, sampled by seed."""
+    ranker_users: int = 200
+    """At most this many for each language model."""
+    repeats: int = 3
+    """Times that each of them is timed."""
+    batch: int = 256
+    """Users at once, where retrievers are timed in batches."""
+    ranker_batch: int = 16
+    """Users at once, where language models are."""
+    samples: int = 30
+    """Bootstrap samples of the users behind every interval, at least 2."""
+    lengths: str | None = None
+    """Lengths of synthetic histories, separated by commas, such as 50,200,1000,4000,16000: time of a user and memory of a training step
+    of every sequence model at each, with random weights; null: not measured."""
 
 
 @dataclass
@@ -384,13 +457,14 @@ class Config:
     recipe: str = "quick"
     """How much to train: a name of recipes/orpo or the path of a yaml file."""
     variant: str | None = None
-    """A name that keeps this ranker's run apart from others of the same retriever and ranker."""
+    """A name that keeps this ranker's run apart from others of the same retriever and ranker. bench: the name of its run folder; order:
+    beside the retriever's."""
     seed: int = 0
     """Seed of everything random; runs with another seed than 0 carry it in their names."""
     runs: str = "runs"
     """Folder of the run folders."""
     limit_users: int | None = None
-    """Use at most this many users for the language model's rows and evaluation (sampled by seed)."""
+    """Use at most this many users for the language model's rows and evaluation, the same ones for every seed."""
     merged: bool = False
     """export: the whole model with the adapter in its weights, rather than the adapter alone."""
     source: Source = field(default_factory=Source)
@@ -407,3 +481,6 @@ class Config:
     sft: Tuning = field(default_factory=Tuning)
     orpo: Orpo = field(default_factory=Orpo)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    queries: Queries = field(default_factory=Queries)
+    order: Order = field(default_factory=Order)
+    bench: Bench = field(default_factory=Bench)

@@ -27,7 +27,7 @@ from llmrec import distributed
 from llmrec.config import Config
 from llmrec.errors import UserError
 from llmrec.machine import cpu_name, git_revision, peak_memory_mb, versions
-from llmrec.stages import STAGES, Stage, run_folder
+from llmrec.stages import BEFORE, STAGES, Stage, run_folder
 
 
 def say(message: str) -> None:
@@ -52,6 +52,24 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): delete the folder {folder} and make it again") from error
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """A finished folder's metrics.json.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    path = folder / "metrics.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): make the run again with --force") from error
+
+
+def identity(made: dict[str, Any]) -> str:
+    """What a finished folder was made from and what came out, from its stage.json: what its readers record."""
+    return f"{made['fingerprint']}:{made['content']}"
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -123,11 +141,12 @@ def input_fingerprints(stage: Stage, config: Config) -> dict[str, str]:
         changed = _changed(made["settings"], STAGES[name].decides(its_config))
         if changed:
             raise UserError(f"{folder} was made with {', '.join(changed)}: give the same settings here, or make it again with --force")
-        found[str(folder)] = f"{made['fingerprint']}:{made['content']}"
+        found[str(folder)] = identity(made)
     return found
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    old, new = BEFORE | old, BEFORE | new  # what a fingerprint leaves out has a value, too
     return [f"{key}={old.get(key)} (now {new.get(key)})" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from llmrec import resources
-from llmrec.cli import main, read_settings
+from llmrec.cli import SUMMARY, main, read_settings
 from llmrec.errors import UserError
+from llmrec.inspection import COMMANDS
 from llmrec.stages import RECIPES, STAGES
 
 
@@ -24,6 +25,20 @@ def test_later_settings_win(tmp_path):
     config = settings("--retriever", "sasrec", "--config", str(first), "--config", str(second), "--training.max_length", "9")
     assert config.model.mixer.name == "attention"  # the recipe over the default
     assert (config.training.batch, config.training.epochs, config.training.max_length) == (4, 7, 9)
+
+
+def test_every_command_of_the_overview_is_there_and_no_other():
+    assert sorted(SUMMARY) == sorted([*STAGES, *COMMANDS])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_are_no_stage_explain_themselves(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"usage: llmrec {command}" in shown
+    assert (COMMANDS[command].teaches or SUMMARY[command])[:40] in shown
 
 
 def test_a_variant_of_a_retriever_has_its_recipe():

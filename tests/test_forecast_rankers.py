@@ -18,11 +18,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from llmrec import resources
 from llmrec.cli import main, read_settings
 from llmrec.config import Base, Lora, Orpo, Tuning
+from llmrec.rankers import backbone
 from llmrec.rankers.backbone import compile_layers, load_base, with_lora
 from llmrec.rankers.footprint import scoring_footprint, training_footprint
 from llmrec.rankers.letters import letter_logprobs
 from llmrec.rankers.orpo import train_orpo
+from llmrec.rankers.queries import beam_queries
 from llmrec.rankers.sft import train_sft
+from llmrec.rankers.title_footprint import queries_footprint, titles_footprint
+from llmrec.rankers.titles import title_logprobs
 from llmrec.stages import forecast, inputs
 
 LLAMA = LlamaConfig(
@@ -34,6 +38,7 @@ MAMBA2 = Mamba2Config(
 )
 SMALL = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1)
 ROWS, TOKENS, STEPS = 8, 400, 2
+TITLES, TITLE, BEAMS = 20, 9, 10
 
 
 def work(stage: str, base: Base, tuning: Tuning, folder: str, rows: int, tokens: int = TOKENS) -> None:
@@ -42,17 +47,23 @@ def work(stage: str, base: Base, tuning: Tuning, folder: str, rows: int, tokens:
     if stage == "evaluate":
         letter_logprobs(model, [[7] * tokens] * rows * STEPS, [1, 2], batch=rows)
         return
+    if stage == "titles":
+        title_logprobs(model, [[7] * tokens] * rows * STEPS, [[[1] * TITLE] * TITLES] * rows * STEPS, batch=rows)
+        return
+    if stage == "queries":
+        beam_queries(model, [[7] * tokens] * rows * STEPS, queries=BEAMS, new_tokens=TITLE, end_ids=[], batch=rows)
+        return
     model, checkpoints = with_lora(model, Lora(), seed=0), tempfile.mkdtemp(dir=folder)
     if base.compile:
         compile_layers(model, training=True)
-    encode, labels = (lambda prompt: [7] * (tokens - 1) + [int(prompt)]), {"A": 1, "B": 2}
+    encode, labels = (lambda prompt: [7] * (tokens - 1) + [int(prompt)]), {"A": [1], "B": [2]}
     if stage == "sft":
-        answers = [{"prompt": str(at), "completion": "A"} for at in range(rows * STEPS)]
-        train_sft(model, answers, tuning, checkpoints, encode=encode, label_ids=labels)
+        asked = [{"prompt": str(at), "completion": "A"} for at in range(rows * STEPS)]
+        train_sft(model, asked, tuning, checkpoints, encode=encode, answers=labels)
     else:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"<end>": 0}, [])), pad_token="<end>", eos_token="<end>")
         pairs = [{"prompt": str(at), "chosen": "A", "rejected": "B"} for at in range(rows * STEPS)]
-        train_orpo(model, tokenizer, pairs, tuning, checkpoints, encode=encode, label_ids=labels)
+        train_orpo(model, tokenizer, pairs, tuning, checkpoints, encode=encode, answers=labels)
 
 
 def peak_of_work(stage: str, base: Base, tuning: Tuning, folder: str, rows: int) -> int:
@@ -93,6 +104,10 @@ def in_a_fork(*arguments) -> int:
 def forecast_of(config, stage: str, base: Base, tuning: Tuning, rows: int = ROWS) -> float:
     if stage == "evaluate":
         return sum(scoring_footprint(config, base, rows=rows, tokens=TOKENS).held().values())
+    if stage == "titles":
+        return sum(titles_footprint(config, base, batch=rows, tokens=TOKENS, titles=TITLES, title=TITLE).held().values())
+    if stage == "queries":
+        return sum(queries_footprint(config, base, batch=rows, beams=BEAMS, tokens=TOKENS + TITLE).held().values())
     sequence_nll = isinstance(tuning, Orpo) and tuning.nll_on == "sequence"
     checkpointing = tuning.gradient_checkpointing
     found = training_footprint(config, base, Lora(), rows=rows, tokens=TOKENS, checkpointing=checkpointing, sequence_nll=sequence_nll)
@@ -119,14 +134,23 @@ CASES = {
     "case",
     ["llama", "llama-checkpointing-sequence", *(pytest.param(case, marks=pytest.mark.slow) for case in list(CASES)[2:])],
 )
-def test_training_memory_is_within_15_percent(case, tmp_path):
+def test_training_memory_is_within_15_percent(case, tmp_path, monkeypatch):
     config, stage, base, tuning = CASES[case]
+    monkeypatch.setattr(backbone, "accelerate", lambda model: None)  # Mamba's own layers, as on a GPU; ours need less: see below
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     measured = in_a_fork(stage, base, tuning, str(tmp_path), ROWS)
     assert forecast_of(config, stage, base, tuning) == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
+def test_accelerated_layers_need_no_more_than_the_forecast(tmp_path):
+    config, stage, base, tuning = CASES["mamba2"]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert in_a_fork(stage, base, tuning, str(tmp_path), ROWS) < 1.15 * forecast_of(config, stage, base, tuning)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
 def test_compiled_layers_need_no_more_than_the_forecast(tmp_path):
     """And not much less: the compiler also saves on what the forecast counts."""
@@ -142,6 +166,16 @@ def test_scoring_memory_is_within_15_percent(tmp_path):
     AutoModelForCausalLM.from_config(LLAMA).save_pretrained(tmp_path)
     measured = in_a_fork("evaluate", base, Tuning(), str(tmp_path), rows)
     assert forecast_of(LLAMA, "evaluate", base, Tuning(), rows) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
+@pytest.mark.parametrize("stage", ["titles", "queries"])
+@pytest.mark.parametrize("config", [pytest.param(LLAMA, id="llama"), pytest.param(GPT2, marks=pytest.mark.slow, id="gpt2")])
+def test_memory_of_titles_and_queries_is_within_15_percent(config, stage, tmp_path):
+    base = Base(dtype="float32")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    measured = in_a_fork(stage, base, Tuning(), str(tmp_path), ROWS)
+    assert forecast_of(config, stage, base, Tuning()) == pytest.approx(measured, rel=0.15)
 
 
 def footprint(config=LLAMA, rows=2, tokens=64, dtype="float32", quantise="none", **how):
@@ -193,9 +227,9 @@ def ml_1m(monkeypatch):
 def test_a_recipes_header_says_what_its_dry_run_says(name, ml_1m, monkeypatch):
     header = resources.find("recipes/rankers", name).read_text().split("base:")[0].replace("\n#", "")
     said = dict(re.findall(r"(weights|adapter|optimiser|activations|logits) ([\d,]+)", header))
-    assert len(said) == 5, "the header lacks the forecast of --dry_run"
     monkeypatch.setattr(inputs.assets, "find_model", lambda *_: None)  # from the recipe alone
     found = forecast.of("orpo", ranker_config(name, "--base.dtype", "bfloat16"))
+    assert said.keys() == found.holds_mb.keys() - {"allocator", "process"}, "the header lacks the forecast of --dry_run"
     for part, size in said.items():
         assert float(size.replace(",", "")) == pytest.approx(found.holds_mb[part], rel=0.02, abs=1), part
     operations = re.search(r"([\d.]+e\+\d+) operations", header)

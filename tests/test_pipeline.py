@@ -122,6 +122,49 @@ def test_rankings_and_metrics_agree(finished, shop):
     assert metrics["protocol"]["users_evaluated"] == 25
 
 
+def test_what_stands_beside_the_table_agrees_with_the_rankings(finished, shop):
+    folder = shop / "whole" / name("evaluate")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    events = pl.read_parquet(shop / "whole" / "shop/prepare/interactions.parquet")
+    rankings = pl.read_parquet(folder / "rankings.parquet")
+    test, valid = (rankings.filter(pl.col("split") == split) for split in ("test", "valid"))
+
+    lists = [
+        [items[n] for n in np.argsort([-s for s in scores], kind="stable")] for items, scores in test[["items", "ranker_scores"]].rows()
+    ]
+    assert metrics["beyond_accuracy"]["orpo"]["coverage@10"] == len({item for items in lists for item in items[:10]}) / 20
+    users_with = dict(events.filter(pl.col("split") == "train").group_by("item").agg(pl.col("user").n_unique()).rows())
+    popularity = np.mean([np.mean([users_with.get(item, 0) for item in items[:10]]) for items in lists])
+    assert metrics["beyond_accuracy"]["orpo"]["popularity@10"] == pytest.approx(popularity)
+    assert set(metrics["beyond_accuracy"]) == {"retriever", "orpo", "fused"}
+
+    hits = test.filter(pl.col("items").list.contains(pl.col("target")))
+    assert [metrics["calibration"][system]["users"] for system in ("sft", "orpo")] == [hits.height] * 2
+    first = [items[int(np.argmax(scores))] == target for target, items, scores in hits[["target", "items", "ranker_scores"]].rows()]
+    assert metrics["calibration"]["orpo"]["accuracy"] == pytest.approx(np.mean(first))
+
+    rating = {(user, split): (item, stars) for user, item, stars, split in events[["user", "item", "rating", "split"]].rows()}
+    won = []
+    for user, items, scores in valid[["user", "items", "ranker_scores"]].rows():
+        (a, stars_a), (b, stars_b) = rating[user, "valid"], rating[user, "test"]
+        if stars_a != stars_b and b in items:
+            difference = scores[items.index(a)] - scores[items.index(b)]
+            won.append(0.5 if difference == 0 else (difference > 0) == (stars_a > stars_b))
+    assert len(won) > 1
+    pairwise = metrics["preference"]["pairwise"]
+    assert {system: found["users"] for system, found in pairwise.items()} == dict.fromkeys(["retriever", "sft", "orpo"], len(won))
+    assert pairwise["orpo"]["accuracy"] == pytest.approx(np.mean(won))
+    gained = next(c for c in metrics["preference"]["comparisons"] if (c["b"], c["metric"]) == ("sft", "pairwise"))
+    assert gained["difference"] == pytest.approx(pairwise["orpo"]["accuracy"] - pairwise["sft"]["accuracy"])
+    assert metrics["preference"]["liked"]["users"] == sum(rating[user, "test"][1] >= 4 for user in test["user"])
+
+    for system, found in metrics["ties"].items():
+        optimistic, pessimistic = found["ndcg@10"]
+        assert pessimistic == metrics["overall"][system]["ndcg@10"]
+        assert pessimistic - 1e-12 <= found["expected_ndcg@10"] <= optimistic + 1e-12
+    assert all(c["p_permutation"] <= c["p_holm"] <= 1 for c in metrics["comparisons"])
+
+
 def test_asking_only_where_the_target_was_retrieved_changes_no_metric(finished, shop, tiny_llama):
     """By popularity, which misses targets: the other retriever finds all in this shop."""
     found = []
@@ -131,8 +174,9 @@ def test_asking_only_where_the_target_was_retrieved_changes_no_metric(finished, 
         folder = shop / json.loads(done.stdout.splitlines()[-1])["folder"]
         found.append((json.loads((folder / "metrics.json").read_text()), pl.read_parquet(folder / "rankings.parquet")))
     (every, all_asked), (some, some_asked) = found
-    for key in ("overall", "hit_subset", "comparisons", "fusion"):
+    for key in ("overall", "hit_subset", "comparisons", "fusion", "ties", "calibration", "preference"):
         assert some[key] == every[key]
+    assert some["beyond_accuracy"] == {"retriever": every["beyond_accuracy"]["retriever"]}  # the others rank few users' lists
     missed = ~pl.col("items").list.contains(pl.col("target"))
     assert some_asked.filter(missed)["ranker_scores"].to_list() == some_asked.filter(missed)["retriever_scores"].to_list()
     assert all_asked.filter(missed)["ranker_scores"].to_list() != some_asked.filter(missed)["ranker_scores"].to_list()
@@ -226,6 +270,7 @@ def test_killed_at_random_moments_it_ends_with_identical_results(finished, shop,
     ("arguments", "message"),
     [
         (["--prompt.budget", "20"], "budget"),
+        (["--prompt.budget", "2049"], "reads 2048 tokens at most"),
         (["--base.id", "/no/such/model"], "missing base model"),
         (["--lora.targets", "[no_such_layer]"], "no_such_layer"),
     ],

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from llmrec import resources, runs
-from llmrec.config import Config, Filter, Prompting, Training
+from llmrec.config import Config, Filter, Prompting, Retrieval, Source, Split, Training
 from llmrec.errors import UserError
 from llmrec.stages import STAGES, ranker_name, run_folder, upstream
 
@@ -88,6 +88,44 @@ def test_a_stage_sees_the_settings_that_decide_it_and_no_others(config, change, 
 def test_one_and_one_point_zero_are_the_same_setting(config):
     whole, real = (replace(config, training=Training(learning_rate=rate)) for rate in (1, 1.0))
     assert json.dumps(STAGES["retrieve"].decides(whole)) == json.dumps(STAGES["retrieve"].decides(real))
+
+
+def test_settings_that_are_younger_than_a_finished_run_leave_it_up_to_date(config):
+    """What stage.json of a `prepare` folder said before there was a temporal split, and when it must say more."""
+    old = {
+        "source.format": "csv",
+        "source.interactions": None,
+        "source.items": None,
+        "source.columns.user": "user",
+        "source.columns.item": "item",
+        "source.columns.rating": "rating",
+        "source.columns.timestamp": "timestamp",
+        "source.columns.title": "title",
+        "source.timestamp_unit": "s",
+        "filter.on_bad_rows": "error",
+        "filter.untitled": "error",
+        "filter.duplicates": "first",
+        "filter.minimum_rating": None,
+        "filter.core": 5,
+        "split.ties": "file_order",
+        "split.minimum_events": 5,
+    }
+    decides = STAGES["prepare"].decides
+    assert decides(config) == decides(replace(config, source=Source(files_of="ml-1m"))) == old
+    assert decides(replace(config, split=Split(kind="temporal"))) == old | {"split.kind": "temporal"}
+    later = Split(kind="temporal", target="successive", valid_quantile=0.85)
+    added = {"split.kind": "temporal", "split.target": "successive", "split.valid_quantile": 0.85}
+    assert decides(replace(config, split=later)) == old | added
+    make("prepare", config)
+    assert runs.plan("prepare", replace(config, split=Split(kind="temporal")), {}).made_from == "split.kind=leave_one_out (now temporal)"
+
+
+def test_sampled_negatives_decide_with_their_seed(config):
+    plain = replace(config, retrieval=Retrieval(kind="popularity"), seed=3)
+    before = STAGES["retrieve"].decides(plain)
+    assert before == {"retrieval.kind": "popularity", "retrieval.candidates": 100, "retrieval.repeats": False}
+    drawn = replace(plain, retrieval=Retrieval(kind="popularity", legacy="uniform"))
+    assert STAGES["retrieve"].decides(drawn) == before | {"retrieval.legacy": "uniform", "seed": 3}
 
 
 def test_new_inputs_make_a_stage_stale(config):

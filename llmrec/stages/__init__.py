@@ -5,21 +5,44 @@ No torch here: the plan is read to find out that there is nothing to do.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llmrec.config import Config, Retrieval, Tuning
-from llmrec.templates import load_template
+from llmrec.templates import QueryTemplate, load_template
 
 # later ones win: a ranker may say how it must be trained
 RECIPES = {"dataset": "recipes/datasets", "retriever": "recipes/retrievers", "recipe": "recipes/orpo", "ranker": "recipes/rankers"}
-# settings that change no result; keep_states adds a file, which `_retrieve` sees to
-NOT_SEMANTIC = {"save_steps", "report_to", "licence", "wheel", "urls", "checksums", "keep_states", "shape", "max_tokens_per_batch"}
+# settings that change no result; keep_states adds a file, which `_retrieve` sees to; scratch and shape see `_base`
+NOT_SEMANTIC = {
+    "save_steps",
+    "report_to",
+    "licence",
+    "wheel",
+    "urls",
+    "checksums",
+    "files_of",
+    "keep_states",
+    "shape",
+    "scratch",
+    "max_tokens_per_batch",
+}
+# settings that are younger than finished runs, at the values that were the rule before: these decide what they always did, and stay
+# out of the fingerprint, so that old runs remain up to date. A default may change later; what stands here may not
+BEFORE: dict[str, Any] = {
+    "split.kind": "leave_one_out",
+    "split.target": "last",
+    "split.valid_quantile": 0.8,
+    "split.test_quantile": 0.9,
+    "retrieval.legacy": None,
+    "evaluation.liked": 4,
+}
 
 DATA = ("dataset", "runs", "seed", "source", "filter", "split")
-RETRIEVER = (*DATA, "retriever", "retrieval", "model", "training", "lightfm")
+RETRIEVER = (*DATA, "retriever", "retrieval", "model", "training", "lightfm", "evaluation")
 RANKER = (*RETRIEVER, "ranker", "recipe", "variant", "limit_users", "base", "prompt", "pairs")
 
 
@@ -91,7 +114,8 @@ def _settings(config: Config, *keys: str) -> dict[str, Any]:
             yield name, int(value) if isinstance(value, float) and value.is_integer() else value
 
     values = asdict(config)
-    return dict(flatten({key: values[key] for key in keys}, ""))
+    found = flatten({key: values[key] for key in keys}, "")
+    return {name: value for name, value in found if name not in BEFORE or value != BEFORE[name]}
 
 
 def _prepare(config: Config) -> dict[str, Any]:
@@ -104,10 +128,39 @@ def _template(config: Config) -> dict[str, Any]:
     return {f"template.{key}": value for key, value in asdict(load_template(config.prompt.template)).items()}
 
 
+def writes_titles(config: Config) -> bool:
+    """Whether the ranker answers with titles, which are search queries, rather than with letters."""
+    return isinstance(load_template(config.prompt.template), QueryTemplate)
+
+
+def _base(config: Config) -> dict[str, Any]:
+    """The base model's settings; a shape decides only what begins with random weights."""
+    scratch = {"base.scratch": json.dumps(config.base.shape, sort_keys=True)} if config.base.scratch else {}
+    return _settings(config, "base") | scratch
+
+
+def _evaluate(config: Config) -> dict[str, Any]:
+    sections = ["prompt", "evaluation", "limit_users", "seed", *(["queries"] if writes_titles(config) else [])]
+    return _base(config) | _settings(config, *sections) | _template(config)
+
+
 def _retrieve(config: Config) -> dict[str, Any]:
     sections = {"sequence": ("model", "training"), "lightfm": ("lightfm",), "popularity": ()}[config.retrieval.kind]
-    settings = _settings(config, "retrieval", *sections, *(["seed"] if sections else []))
+    # evaluation.liked stays out: it is written beside what it decides, and nobody should train again for another threshold
+    draws = sections or config.retrieval.legacy
+    settings = _settings(config, "retrieval", *sections, *(["seed"] if draws else []))
     return settings | ({"retrieval.keep_states": True} if config.retrieval.keep_states else {})
+
+
+def _bench(config: Config) -> dict[str, Any]:
+    """The settings, and what the models are that they ask for."""
+    from llmrec.stages.bench import models_of
+
+    return _settings(config, "bench", "seed") | models_of(config).fingerprints(config)
+
+
+def _bench_name(config: Config) -> str:
+    return (config.variant or "all") + (f".seed{config.seed}" if config.seed else "")
 
 
 def lightfm_config(config: Config) -> Config:
@@ -160,7 +213,7 @@ STAGES = {
         Stage(
             "sft",
             (*RANKER, "lora", "sft"),
-            lambda c: _settings(c, "base", "lora", "sft", "seed"),
+            lambda c: _base(c) | _settings(c, "lora", "sft", "seed"),
             ranker_name,
             lambda c: [("pairs", c), *_validation(c, c.sft)],
             uses_base=True,
@@ -169,7 +222,7 @@ STAGES = {
         Stage(
             "orpo",
             (*RANKER, "lora", "sft", "orpo"),
-            lambda c: _settings(c, "base", "lora", "orpo", "seed"),
+            lambda c: _base(c) | _settings(c, "lora", "orpo", "seed"),
             ranker_name,
             lambda c: [("pairs", c), *([("sft", c)] if c.orpo.start == "sft" else []), *_validation(c, c.orpo)],
             uses_base=True,
@@ -177,8 +230,8 @@ STAGES = {
         ),
         Stage(
             "evaluate",
-            (*RANKER, "lora", "sft", "orpo", "evaluation"),
-            lambda c: _settings(c, "base", "prompt", "evaluation", "limit_users", "seed") | _template(c),
+            (*RANKER, "lora", "sft", "orpo", "queries"),
+            _evaluate,
             ranker_name,
             _before_evaluate,
             uses_base=True,
@@ -187,11 +240,19 @@ STAGES = {
         Stage(
             "export",
             (*RANKER, "lora", "sft", "orpo", "merged"),
-            lambda c: _settings(c, "base", "merged"),
+            lambda c: _base(c) | _settings(c, "merged"),
             lambda c: ranker_name(c) + (".merged" if c.merged else ""),
             lambda c: [("orpo", c)],
             uses_base=True,
         ),
+        Stage(
+            "order",
+            (*RETRIEVER, "variant", "order"),
+            lambda c: _settings(c, "order", "seed"),
+            lambda c: ".".join(filter(None, [retriever_name(c), c.variant])),
+            lambda c: [("prepare", c), ("retrieve", c)],
+        ),
+        Stage("bench", (*DATA, "variant", "bench"), _bench, _bench_name, lambda c: [("prepare", c)]),
     )
 }
 

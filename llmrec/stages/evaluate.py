@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -12,29 +11,30 @@ import polars as pl
 from llmrec import distributed, runs
 from llmrec.config import Config
 from llmrec.data.sequences import Sequences
+from llmrec.data.split import ambiguous_targets
 from llmrec.data.tables import list_column, load_sequences, load_statistics, load_titles
 from llmrec.errors import UserError
-from llmrec.evaluation import compare, metrics, plots, protocol
-from llmrec.evaluation.report import Candidate, Context, Cost, Sample, write_report
-from llmrec.prompting import PromptWriter
+from llmrec.evaluation import bias, catalogue, compare, metrics, preference, protocol
+from llmrec.query_prompts import QueryWriter
 from llmrec.rankers import fusion
 from llmrec.runs import Run
-from llmrec.stages import dataset_name, ranker_name
+from llmrec.stages import measures, reporting
 from llmrec.stages.pairs import prompt_writer
+from llmrec.stages.querying import check_settings, recommend
 from llmrec.stages.scoring import TIMED_USERS, Questions, median_seconds, questions_of, score
-
-SAMPLE_USERS = 10
 
 
 def evaluate(run: Run) -> None:
-    """Rank the candidates of the test users by retriever, language model and their fusion.
+    """Rank the candidates of the test users by retriever, language model and their fusion; a model that writes queries recommends, too.
 
-    Reads `prepare`, `retrieve`, `sft`, `orpo`. Writes rankings.parquet, per_user.parquet, metrics.json, report.html, *.png,
-    and the printed table as summary.txt.
+    Reads `prepare`, `retrieve`, `sft`, `orpo`. Writes rankings.parquet, per_user.parquet, metrics.json, report.html, *.png, the
+    printed table as summary.txt, and of models that write queries queries.parquet.
     """
     config = run.config
     sequences = load_sequences(run.input("prepare"))
     writer = prompt_writer(config, load_titles(run.input("prepare")))
+    if isinstance(writer, QueryWriter):
+        check_settings(config)
     asked = {split: questions_of(config, run, sequences, writer, split) for split in ("valid", "test")}
     for split, questions in asked.items():
         if not questions.retrieved.any():
@@ -42,41 +42,75 @@ def evaluate(run: Run) -> None:
                 f"no {split} target is among the top {config.prompt.candidates}: nothing to rank. Try more users or another retriever"
             )
     systems = ["sft", "orpo"] if config.orpo.start == "sft" else ["orpo"]
-    answers, seconds_ranker = score(run, systems, asked, writer)
+    pairs = measures.listed_pairs(sequences, asked["valid"])
+    answered = score(run, systems, asked, writer, pairs.rows)
+    answers, seconds_ranker = answered.scores, answered.seconds
+    written = recommend(run, systems, sequences, writer, asked["test"]) if isinstance(writer, QueryWriter) else None
     if not distributed.is_main():
         return
 
+    measures.check_scores(answers, asked, run.input("prepare"))
     valid, test = asked["valid"], asked["test"]
     weight, curve = fusion.choose_weight(valid.scores, answers["orpo", "valid"], valid.items, valid.targets)
-    fused = {split: fusion.fuse(q.scores, answers["orpo", split], q.items, weight) for split, q in asked.items()}
+    # in the precision in which they are written, so that rankings.parquet has the ties that the ranks have
+    fused = {split: fusion.fuse(q.scores, answers["orpo", split], q.items, weight).astype(np.float32) for split, q in asked.items()}
+    # not the fused ranking: its weight was chosen on these users
+    valid_scores = {"retriever": valid.scores, **{name: answers[name, "valid"] for name in systems if (name, "valid") in answers}}
     by_system = {"retriever": test.scores, **{name: answers[name, "test"] for name in systems}, "fused": fused["test"]}
-    ranks = {name: metrics.rank_of_target(scores, test.items, test.targets) for name, scores in by_system.items()}
+    ranges = {name: metrics.tie_range(scores, test.items, test.targets) for name, scores in by_system.items()}
+    ranks = {name: pessimistic for name, (_, pessimistic) in ranges.items()}
     table = compare.table(ranks, config.prompt.candidates, config.evaluation.resamples, config.seed)
     seconds_retriever = _retriever_seconds(config, run, sequences, test)
     verdict = compare.verdict(table["comparisons"], weight, seconds_retriever, seconds_ranker)
 
     _write_tables(run, asked, answers, fused, ranks)
+    interactions = pl.read_parquet(run.input("prepare") / "interactions.parquet")
     card = protocol.card(
         config,
         data_fingerprint=runs.fingerprint_of(run.input("prepare")),
-        ambiguous_targets=load_statistics(run.input("prepare"))["ambiguous_targets"]["test"],
+        ambiguous_targets=ambiguous_targets(interactions.filter(pl.col("user").is_in(test.users.tolist())))["test"],
         users_evaluated=len(test.users),
         candidate_set=f"the retriever's top {config.prompt.candidates}",
         history_masked=not config.retrieval.repeats,
+        periods=load_statistics(run.input("prepare")).get("periods"),
     )
-    facts = {
+    # SFT is asked only about lists that have the target; a title's mean log-probability a token is no probability
+    asked_of_all = {name: by_system[name] for name in ("retriever", *(("orpo", "fused") if config.evaluation.ask == "all" else ()))}
+    letters = {} if isinstance(writer, QueryWriter) else {name: by_system[name] for name in systems}
+    facts: dict[str, Any] = {
         "protocol": asdict(card),
         **table,
+        "ties": {name: metrics.ties(best, worst) for name, (best, worst) in ranges.items()},
+        "beyond_accuracy": measures.beyond(asked_of_all, test.items, sequences, writer.titles),
+        "calibration": measures.calibrations(letters, test),
+        "preference": measures.preferences(
+            pairs, valid_scores, measures.ratings_of(sequences, test), ranks, config.evaluation, config.seed
+        ),
         "fusion": {"weight": weight, "valid_users": len(valid.users), "curve": curve},
-        "latency": {"retriever_seconds": seconds_retriever, "ranker_seconds": seconds_ranker},
+        "latency": {
+            "retriever_seconds": seconds_retriever,
+            "ranker_seconds": seconds_ranker,
+            "ranker_seconds_one_order": answered.seconds_of_one_order,
+        },
         "refused_prompts": dict(test.refused),
         "verdict": verdict,
     }
-    runs.write_json(run.work / "metrics.json", facts)
     run.headline = {f"{name}_ndcg@10": table["overall"][name]["ndcg@10"] for name in ("retriever", "orpo", "fused")}
-    _write_report(run, table, verdict, curve, weight, ranks, asdict(card), _samples(writer, sequences, test, by_system))
+    if not isinstance(writer, QueryWriter):
+        facts["labels"] = dict(zip(writer.answers, writer.labels, strict=True))  # by which tokens letters were scored, for audits
+        facts["position_bias"] = measures.letters_chosen(answered, test, shuffled=config.prompt.order == "shuffled")
+    if written is not None:
+        facts["catalogue"] = written.facts
+        written.queries.write_parquet(run.work / "queries.parquet")
+        run.headline |= {"catalogue_hr@10": written.table["overall"]["orpo"]["hr@10"]}
+    runs.write_json(run.work / "metrics.json", facts)
+    reporting.write(run.work, {name: run.input(name, its) for name, its in run.stage.needs(config)}, asdict(config))
+    by_letters = f"{bias.sentence(facts['position_bias'])}\n\n" if "position_bias" in facts else ""
     weight_line = f"fusion weight {weight:g}, chosen on {len(valid.users)} validation users whose target was retrieved"
-    summary = f"{compare.render(table)}\n{weight_line}\n\n{verdict}\n\nreport: {run.folder / 'report.html'}\n"
+    by_queries = "" if written is None else f"{catalogue.render(written.table)}\n{reporting.cost_of_queries(written.facts)}\n\n"
+    by_ratings = f"{preference.render(facts['preference'])}\n\n" if facts["preference"] else ""
+    beside = f"{by_ratings}{by_letters}{by_queries}"
+    summary = f"{compare.render(table)}\n{weight_line}\n\n{beside}{verdict}\n\nreport: {run.folder / 'report.html'}\n"
     (run.work / "summary.txt").write_text(summary, encoding="utf-8")
     print(summary)
 
@@ -106,83 +140,12 @@ def _write_tables(
             "items": q.items,
             "retriever_scores": q.scores,
             "ranker_scores": answers["orpo", split],
-            "fused_scores": fused[split].astype(np.float32),
+            "fused_scores": fused[split],
         }
         columns = {name: list_column(values, real) for name, values in lists.items()}
         tables.append(pl.DataFrame({"user": q.users, "split": [split] * len(q.users), "target": q.targets} | columns))
     pl.concat(tables).write_parquet(run.work / "rankings.parquet")
     test = asked["test"]
-    others = {f"{name}_rank": rank for name, rank in ranks.items() if name != "fused"}
-    identity = {"user": test.users, "split": ["test"] * len(test.users), "rank": ranks["fused"]}
+    others = {compare.rank_column(name): rank for name, rank in ranks.items() if name != "fused"}
+    identity = {"user": test.users, "split": ["test"] * len(test.users), compare.rank_column("fused"): ranks["fused"]}
     pl.DataFrame(identity | metrics.per_user(ranks["fused"]) | others).write_parquet(run.work / "per_user.parquet")
-
-
-def _samples(writer: PromptWriter, sequences: Sequences, test: Questions, by_system: dict[str, np.ndarray]) -> list[Sample]:
-    """Some test users whose target was retrieved, with what each system made of their candidates."""
-    hits = np.flatnonzero(test.retrieved)[:SAMPLE_USERS]
-    ends = dict(zip(*(column.tolist() for column in (sequences.cases("test").users, sequences.cases("test").ends)), strict=True))
-    samples = []
-    for at in hits:
-        items = test.items[at][test.items[at] > 0]
-        place = {name: np.argsort(np.argsort(-scores[at][: len(items)], kind="stable")) + 1 for name, scores in by_system.items()}
-        logprobs = by_system["orpo"][at][: len(items)]
-        probability = np.exp(logprobs - logprobs.max())
-        probability /= probability.sum()
-        candidates = [
-            Candidate(
-                title=writer.titles[item],
-                retriever_rank=int(place["retriever"][n]),
-                ranker_rank=int(place["orpo"][n]),
-                fused_rank=int(place["fused"][n]),
-                probability=float(probability[n]),
-                is_target=bool(item == test.targets[at]),
-            )
-            for n, item in enumerate(items)
-        ]
-        user = int(test.users[at])
-        history = sequences.history(user, ends[user])[-writer.config.history :]
-        samples.append(Sample(user=str(user), history=[writer.titles[item] for item in history], candidates=candidates))
-    return samples
-
-
-def _write_report(
-    run: Run,
-    table: compare.Table,
-    verdict: str,
-    curve: list[tuple[float, float]],
-    weight: float,
-    ranks: dict[str, np.ndarray],
-    card: dict[str, Any],
-    samples: list[Sample],
-) -> None:
-    config, work = run.config, run.work
-    plots.metric_bars(work / "metrics.png", table)
-    plots.weight_curve(work / "fusion.png", curve, weight)
-    plots.target_ranks(work / "ranks.png", ranks["retriever"], ranks["fused"], config.prompt.candidates)
-    pictures = {
-        "What each step bought, with 95 % intervals": work / "metrics.png",
-        "Validation NDCG@10 against the language model's weight": work / "fusion.png",
-        "Where the target stood before and after": work / "ranks.png",
-    }
-    stages = ("prepare", "retrieve", "pairs", "sft", "orpo") if config.orpo.start == "sft" else ("prepare", "retrieve", "pairs", "orpo")
-    folders = [(name, run.input(name)) for name in stages]
-    for name, folder in folders:
-        log = folder / "train_log.jsonl"
-        if log.exists():
-            plots.training_curves(work / f"{name}.png", [json.loads(line) for line in log.read_text().splitlines()])
-            pictures[f"Training: {name}"] = work / f"{name}.png"
-    made = {name: runs.read_stage(folder) or {} for name, folder in folders}
-    context = Context(
-        title=f"{dataset_name(config)}: {ranker_name(config)}",
-        verdict=verdict,
-        table=table,
-        plots=pictures,
-        samples=samples,
-        pairs=json.loads((run.input("pairs") / "metrics.json").read_text()),
-        costs=[Cost(name, stage["seconds"], stage["peak_memory_mb"]) for name, stage in made.items()],
-        protocol=card,
-        data=load_statistics(run.input("prepare")),
-        weights=made["orpo"]["origin"].get("weights", config.base.id),
-        recipe={name: stage["settings"] for name, stage in made.items()},
-    )
-    write_report(work / "report.html", context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+from llmrec.errors import UserError
 from llmrec.runs import Run, say
 from llmrec.stages import inputs
 from llmrec.stages.tuned import card
@@ -14,12 +15,14 @@ ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 
 
 def export(run: Run) -> None:
-    """Copy the adapter, or write the base model with the adapter merged into it (`merged`), which needs no peft.
+    """Copy the adapter or whole model, or write the base model with the adapter merged into it (`merged`), which needs no peft.
 
     Reads `orpo`. Writes the tokenizer's files, prompt.yaml, README.md, and either adapter_model.safetensors with
     adapter_config.json or *.safetensors with config.json.
     """
     config, work, tuned = run.config, run.work, run.input("orpo")
+    if config.merged and config.lora.r == 0:
+        raise UserError("--merged merges an adapter, but lora.r is 0: this model has none and is whole without it")
     left = (*RECORDS, *ADAPTER) if config.merged else RECORDS
     for path in tuned.iterdir():
         if path.name not in left:
@@ -33,4 +36,5 @@ def export(run: Run) -> None:
     run.origin = {"weights": inputs.weights_origin(config), "licence": config.base.licence or ""}
     megabytes = sum(path.stat().st_size for path in work.glob("*.safetensors")) / 2**20
     run.headline = {"megabytes": round(megabytes, 1)}
-    say(f"{'the merged model' if config.merged else 'the adapter'}: {megabytes:,.1f} MB")
+    what = "the merged model" if config.merged else "the adapter" if config.lora.r else "the model"
+    say(f"{what}: {megabytes:,.1f} MB")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from llmrec.config import Config, Training, Tuning
-from llmrec.stages import inputs, run_folder
+from llmrec.stages import inputs, run_folder, writes_titles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmrec.rankers.footprint import Footprint
 
 EPOCHS = 25  # where early stopping usually ends
+QUERY_FRAME = 22  # a prompt that asks for a title, without titles
 FRAME_TOKENS, TITLE_TOKENS = 45, 8.2  # of SmolLM2's tokenizer: a prompt without titles, and a film's title without its year
 LONGEST = 1.4  # the longest prompts over the average one
 BACKWARD = 1.6  # a backward pass over a forward pass, with LoRA
@@ -27,6 +28,7 @@ BACKWARD = 1.6  # a backward pass over a forward pass, with LoRA
 REACHED = {"softmax": 0.67, "language model": 0.54, "state space": 0.17}
 # A retriever's layer of width 64, whose time is not its products': it takes that of a softmax with so many products per event.
 LAYER, MAMBA_LAYER = 110_000, 200_000
+USER = 2e-3  # seconds to call a retriever for one user, whatever it computes
 GAPS = 0.3  # what the allocator of the CPU keeps of freed memory (llmrec.process), over activations and logits
 PROCESS_MB = 600  # Python, torch and transformers themselves
 MB = 2**20
@@ -73,6 +75,10 @@ def of(stage: str, config: Config) -> Forecast | None:
         return Forecast(1 + events / 4e5, 250 + events / 2e3, events / 1.2e5)
     if stage == "retrieve":
         return _retrieve(config, events, users, items)
+    if stage == "order":
+        return _order(config, users, items)
+    if stage == "bench":
+        return _bench(config, users, items)
     prompts = min(config.pairs.prompts or users, config.limit_users or users)
     rows = min(
         config.pairs.sft_rows or users * config.pairs.prefixes_per_user, (config.limit_users or users) * config.pairs.prefixes_per_user
@@ -108,7 +114,8 @@ def _tune(config: Config, shape: PreTrainedConfig, tuning: Tuning, rows: int, se
         sequence_nll=sequence_nll,
     )
     passes = 1 + BACKWARD + tuning.gradient_checkpointing  # which makes the forward pass twice
-    return _language_model(config, shape, found, passes * rows * tuning.epochs, 3 * found.adapter / MB + 5)
+    kept = 3 * found.adapter if config.lora.r else 7 * found.weights  # the weights, and two checkpoints with AdamW's moments
+    return _language_model(config, shape, found, passes * rows * tuning.epochs, kept / MB + 5)
 
 
 def _rows(tuning: Tuning, longest: int) -> int:
@@ -125,8 +132,26 @@ def _evaluate(config: Config, shape: PreTrainedConfig, users: int) -> Forecast:
     asked = tested // 4 if config.evaluation.ask == "retrieved" else tested
     asked += min(config.evaluation.valid_users or users, users // 4)  # a quarter or so of all targets are retrieved
     each = 1.3 * (1 + 0.5 * (config.evaluation.orders - 1))  # instruction and history once, which are half of a prompt
-    found = scoring_footprint(shape, config.base, rows=config.evaluation.batch, tokens=_longest(config))
-    return _language_model(config, shape, found, each * asked, tested / 400)
+    passes = each * asked
+    if writes_titles(config):  # titles of candidates after each prompt; then each of three models goes on with as many beams
+        own, written = TITLE_TOKENS / _tokens(config), tested + min(config.queries.valid_users, users)
+        passes = passes * (1 + config.prompt.candidates * own) + 3 * written * (1 + 2 * config.queries.count * own)
+        found = _titles_or_queries(config, shape)
+    else:
+        found = scoring_footprint(shape, config.base, rows=config.evaluation.batch, tokens=_longest(config))
+    return _language_model(config, shape, found, passes, tested / 400)
+
+
+def _titles_or_queries(config: Config, shape: PreTrainedConfig) -> Footprint:
+    """Of scoring the candidates' titles or of writing queries, whichever needs more."""
+    from llmrec.rankers.title_footprint import queries_footprint, titles_footprint
+
+    base, longest = config.base, _longest(config)
+    batch, prompts, beams = (max(1, size) for size in (config.evaluation.batch, config.queries.batch, config.queries.count))
+    title = min(round(TITLE_TOKENS), config.prompt.title_tokens) + 1  # and the end of text
+    scoring = titles_footprint(shape, base, batch=batch, tokens=longest, titles=config.prompt.candidates, title=title)
+    writing = queries_footprint(shape, base, batch=prompts, beams=beams, tokens=longest + config.prompt.title_tokens)
+    return max(scoring, writing, key=lambda one: one.activations)
 
 
 def _export(config: Config, shape: PreTrainedConfig) -> Forecast:
@@ -166,6 +191,36 @@ def _retrieve(config: Config, events: int, users: int, items: int) -> Forecast:
     return Forecast(8 + min(EPOCHS, training.epochs) * epoch, memory + training.batch * training.max_length / 12, disk)
 
 
+def _order(config: Config, users: int, items: int) -> Forecast:
+    """One pass over the test users for each order."""
+    layers = config.training.max_length * config.model.layers * MAMBA_LAYER * (config.model.dim / 64) ** 2
+    seconds = 2 * users * (items * config.model.dim + layers) / (_speed("float32") * REACHED["softmax"])
+    return Forecast(8 + 2 * (1 + config.order.shuffles) * seconds, 900, 1)
+
+
+def _bench(config: Config, users: int, items: int) -> Forecast:
+    """Each model alone, in batches and to warm up: about three passes over its users for each two that are asked for."""
+    from llmrec.stages import finished
+    from llmrec.stages.bench import models_of
+
+    models, how = models_of(config), config.bench
+    seconds, memory = 10.0, 700.0
+    for folder in models.retrievers.values():
+        own = finished.config_of(folder, config)
+        products = float(items * own.model.dim)
+        if own.retrieval.kind == "sequence":
+            products += own.training.max_length * own.model.layers * MAMBA_LAYER * (own.model.dim / 64) ** 2
+        each = USER + 2 * products / (_speed("float32") * REACHED["softmax"])
+        seconds += 2 + 1.5 * how.repeats * min(how.users, users) * each
+    for folder in models.rankers.values():
+        own = finished.config_of(folder, config)
+        evaluation = replace(own.evaluation, test_users=min(how.ranker_users, users), valid_users=1, ask="all", batch=how.ranker_batch)
+        ranker = _ranker("evaluate", replace(own, evaluation=evaluation), users, 0, 0)
+        if ranker is not None:
+            seconds, memory = seconds + 1.5 * how.repeats * ranker.seconds, max(memory, ranker.memory_mb)
+    return Forecast(seconds, memory, 1)
+
+
 def _trained(training: Training, events: int, users: int) -> tuple[float, float]:
     """Positions that an epoch computes, and those of them that are targets."""
     each = events / users
@@ -187,7 +242,9 @@ def _facts(config: Config) -> dict[str, Any]:
 
 
 def _tokens(config: Config) -> float:
-    """Of an average prompt."""
+    """Of an average prompt; one that asks for a title shows no candidates, and the title that answers comes with it."""
+    if writes_titles(config):
+        return min(config.prompt.budget, QUERY_FRAME + (TITLE_TOKENS + 1) * (config.prompt.history + 1))
     return min(config.prompt.budget, FRAME_TOKENS + TITLE_TOKENS * (config.prompt.history + config.prompt.candidates))
 
 

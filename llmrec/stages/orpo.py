@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from llmrec import distributed
+from llmrec.errors import UserError
 from llmrec.runs import Run
 from llmrec.stages import inputs
-from llmrec.stages.tuned import encoder, rows_of, save_tuned, validation_prompts
+from llmrec.stages.tuned import answers_of, encoder, refuse_successive_targets, rows_of, save_tuned, validation_prompts
 
 
 def orpo(run: Run) -> None:
-    """Go on training the SFT adapter, or begin a fresh one (`orpo.start`), with ORPO.
+    """Go on training what SFT made, or begin afresh (`orpo.start`), with ORPO.
 
-    Reads `pairs` and `sft`. Writes adapter_model.safetensors, adapter_config.json, tokenizer, prompt.yaml, README.md, train_log.jsonl.
+    Reads `pairs` and `sft`. Writes the files that `sft` writes.
     """
-    from llmrec.rankers.backbone import compile_layers, load_adapter, load_base, with_lora
+    from llmrec.rankers.backbone import compile_layers, load_trainable, load_tuned
     from llmrec.rankers.orpo import train_orpo
     from llmrec.rankers.preference_losses import check_settings
 
     config = run.config
+    refuse_successive_targets(config)
     check_settings(config.orpo.loss, config.orpo.nll_on, config.orpo.negatives, config.orpo.beta, config.orpo.gamma)
     writer = encoder(config)
-    base = load_base(inputs.base_folder(config), config.base)
+    if writer.asks_for_title and config.orpo.negatives != 1:
+        raise UserError(f"orpo.negatives is {config.orpo.negatives}, but a prompt that asks for a title shows no pool: set it to 1")
+    folder = inputs.base_folder(config)
     if config.orpo.start == "sft":
-        model = load_adapter(base, run.input("sft"), trainable=True)
+        model = load_tuned(folder, config.base, run.input("sft"), to_train=True)
     else:
-        model = with_lora(base, config.lora, config.seed)
+        model = load_trainable(folder, config.base, config.lora, config.seed)
     if config.base.compile:
         compile_layers(model, training=True)
     rows = rows_of(run, "preferences")
-    labels = dict(zip(writer.answers, writer.labels, strict=True))
     result = train_orpo(
         model,
         writer.tokenizer,
@@ -36,7 +39,7 @@ def orpo(run: Run) -> None:
         config.orpo,
         run.checkpoints,
         encode=writer.encode,
-        label_ids=labels,
+        answers=answers_of(writer, rows),
         seed=config.seed,
         prompts=validation_prompts(run, writer, config.orpo),
     )

@@ -7,14 +7,16 @@ from dataclasses import asdict
 import numpy as np
 
 from llmrec import runs
-from llmrec.config import Config
+from llmrec.config import Config, Prompting
 from llmrec.data.tables import load_sequences, load_titles
+from llmrec.errors import UserError
 from llmrec.pair_statistics import dataset_card
 from llmrec.preferences import preference_rows, sft_rows
 from llmrec.prompting import PromptWriter
+from llmrec.query_prompts import QueryWriter
 from llmrec.runs import Run, say
 from llmrec.stages import dataset_name, inputs, lightfm_config, retriever_name
-from llmrec.templates import load_template, save_prompt
+from llmrec.templates import QueryTemplate, Template, load_template, save_prompt
 
 
 def pairs(run: Run) -> None:
@@ -29,7 +31,9 @@ def pairs(run: Run) -> None:
     sequences = load_sequences(run.input("prepare"))
     train = sequences.train_only()
     writer = prompt_writer(config, load_titles(run.input("prepare")))
-    users = sampled(np.arange(train.user_count), config.limit_users, config.seed)
+    if isinstance(writer, QueryWriter):
+        writer.check_titles()
+    users = sampled(np.arange(train.user_count), config.limit_users)
     batch = rows_per_batch(train.item_count)
 
     retriever = load(run.input("retrieve"), config, train.item_count)
@@ -45,7 +49,7 @@ def pairs(run: Run) -> None:
         def scores_for(some: np.ndarray) -> np.ndarray:
             return lightfm.scores(some, []).numpy()
 
-    pool = pool_for if config.pairs.pool == "retriever" else None
+    pool = pool_for if config.pairs.pool == "retriever" and not writer.asks_for_title else None
     sft, sft_facts = sft_rows(train, writer, config.pairs, config.seed, users, pool)
     preferences, facts = preference_rows(train, writer, config.pairs, config.seed, users, pool, scores_for)
     sft.write_parquet(run.work / "sft.parquet")
@@ -60,6 +64,7 @@ def pairs(run: Run) -> None:
         retriever=retriever_name(config),
         seed=config.seed,
         licence=config.source.licence,
+        titles=writer.asks_for_title,
     )
     (run.work / "README.md").write_text(card, encoding="utf-8")
     runs.write_json(run.work / "metrics.json", {"sft": asdict(sft_facts), "preferences": asdict(facts)})
@@ -69,17 +74,34 @@ def pairs(run: Run) -> None:
     say(f"{sft_facts.rows} SFT rows; {facts.prompts} prompts with {counts}; no pair: {facts.skipped}; refused: {refused or 'none'}")
 
 
-def prompt_writer(config: Config, titles: list[str]) -> PromptWriter:
-    """The writer for the base model's tokenizer and the catalogue's titles."""
+def prompt_writer(config: Config, titles: list[str]) -> PromptWriter | QueryWriter:
+    """The writer for the base model's tokenizer and the catalogue's titles; the template says of which family.
+
+    Raises:
+        UserError: the base model cannot read as many tokens as the budget allows.
+    """
+    positions = inputs.positions(config)
+    if positions is not None and config.prompt.budget > positions:
+        raise UserError(f"prompt.budget is {config.prompt.budget}, but {config.base.id} reads {positions} tokens at most: lower it")
+    return writer_of(config, load_template(config.prompt.template), config.prompt, titles)
+
+
+def writer_of(config: Config, template: Template | QueryTemplate, prompt: Prompting, titles: list[str]) -> PromptWriter | QueryWriter:
+    """The writer for the base model's tokenizer and a template at hand, as the prompt.yaml of a run keeps it."""
     from llmrec.rankers.backbone import load_tokenizer
 
     tokenizer = load_tokenizer(inputs.base_folder(config))
-    template = load_template(config.prompt.template)
-    return PromptWriter(tokenizer, template, config.prompt, titles)
+    if isinstance(template, QueryTemplate):
+        return QueryWriter(tokenizer, template, prompt, titles)
+    return PromptWriter(tokenizer, template, prompt, titles)
 
 
-def sampled(users: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
-    """At most `limit` of `users`, drawn by seed, in their old order."""
+def sampled(users: np.ndarray, limit: int | None, seed: int = 0) -> np.ndarray:
+    """At most `limit` of `users`, drawn by seed, in their old order.
+
+    Runs of several training seeds must ask and show the same users, or their spread is that of users, too: those who train and evaluate
+    leave this seed alone.
+    """
     if limit is None or limit >= len(users):
         return users
     return np.sort(np.random.default_rng([seed, limit]).permutation(users)[:limit])

@@ -32,3 +32,10 @@ def prepare(run: Run) -> None:
         f"events per user {lengths['p0']} to {lengths['p100']}, median {lengths['p50']}; dropped {facts['dropped']}; "
         f"targets that hang on a timestamp tie: {facts['ambiguous_targets']}"
     )
+    if "periods" in facts:
+        bounds, events = facts["periods"], ", ".join(f"{count:,} {name}" for name, count in facts["events"].items())
+        say(
+            f"validation from {bounds['valid_from_date']}, test from {bounds['test_from_date']}; events: {events}; "
+            f"users asked in test: {facts['evaluated_users']:,}, targets of items without training events: "
+            f"{facts['targets']['test']['of_new_items']:,} of {facts['targets']['test']['targets']:,}"
+        )

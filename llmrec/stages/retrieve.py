@@ -17,6 +17,7 @@ from llmrec.data.tables import list_column, load_sequences, load_statistics
 from llmrec.errors import UserError
 from llmrec.evaluation import metrics, protocol
 from llmrec.runs import Run, say
+from llmrec.stages import retrieval_metrics, trained_on
 
 if TYPE_CHECKING:
     from llmrec.retrievers.candidates import Ranked
@@ -38,9 +39,15 @@ def retrieve(run: Run) -> None:
     if config.retrieval.keep_states:
         _check_states(config)
     sequences = load_sequences(run.input("prepare"))
-    scorer, state, trained = _train(config, sequences, run)
     asked = {split: sequences.cases(split) for split in ("valid", "test")}
+    # before the training: there may be too few items to draw from
+    drawn = None if config.retrieval.legacy is None else retrieval_metrics.draw_negatives(config, sequences, asked["test"])
+    scorer, state, trained = _train(config, sequences, run)
     answers = {split: _ranked(scorer, sequences, cases, config.retrieval) for split, cases in asked.items()}
+    card = _card(config, run, sequences, asked["test"])
+    extra = retrieval_metrics.beside_the_means(config, run.input("prepare"), scorer, sequences, asked["test"], answers["test"])
+    if drawn is not None:
+        extra["legacy"] = retrieval_metrics.sampled_negatives(scorer, sequences, asked["test"], drawn, config.retrieval.legacy, card)
     if not distributed.is_main():
         return
 
@@ -48,8 +55,8 @@ def retrieve(run: Run) -> None:
     tables, per_user, result = [], [], {}
     for split, cases in asked.items():
         ranked = answers[split]
-        result[split] = metrics.summary(ranked.target_rank)
-        result[f"{split}_masked"] = metrics.summary(ranked.target_rank_masked)
+        result[split] = metrics.summary(ranked.target_rank, users=cases.users)
+        result[f"{split}_masked"] = metrics.summary(ranked.target_rank_masked, users=cases.users)
         tables.append(_candidate_table(cases, ranked))
         per_user.append(_per_user(cases, ranked.target_rank))
     pl.concat(tables).write_parquet(run.work / "candidates.parquet")
@@ -57,20 +64,31 @@ def retrieve(run: Run) -> None:
     if config.retrieval.keep_states:
         _keep_states(scorer.model, sequences, run.work / "states.safetensors")
 
-    facts = load_statistics(run.input("prepare"))
-    card = protocol.card(
-        config,
-        data_fingerprint=run.inputs[str(run.input("prepare"))],
-        ambiguous_targets=facts["ambiguous_targets"]["test"],
-        users_evaluated=len(asked["test"]),
-        candidate_set=f"all {sequences.item_count} items",
-        history_masked=False,
-    )
     trained["train"]["peak_memory_mb"] = machine.peak_memory_mb()
-    runs.write_json(run.work / "metrics.json", {"protocol": asdict(card), **result, **trained})
+    trained["trained_on"] = trained_on.checksum(config, sequences)
+    runs.write_json(run.work / "metrics.json", {"protocol": asdict(card), **result, **extra, **trained})
     run.headline = {name: result["test"][name] for name in ("hr@10", "ndcg@10")}
     shown = "; ".join(f"{name.replace('_', ' ')} HR@10 {m['hr@10']:.4f} NDCG@10 {m['ndcg@10']:.4f}" for name, m in result.items())
     say(f"full ranking of {sequences.item_count:,} items: {shown}")
+    if "legacy" in extra:
+        kind, among = extra["legacy"]["protocol"]["candidate_set"], extra["legacy"]["test"]
+        say(f"{kind}: test HR@10 {among['hr@10']:.4f} NDCG@10 {among['ndcg@10']:.4f}; not comparable with any of these")
+
+
+def _card(config: Config, run: Run, sequences: Sequences, cases: Cases) -> protocol.ProtocolCard:
+    """The card of the full ranking of the test cases."""
+    facts = load_statistics(run.input("prepare"))
+    users = len(np.unique(cases.users))
+    return protocol.card(
+        config,
+        data_fingerprint=run.inputs[str(run.input("prepare"))],
+        ambiguous_targets=facts["ambiguous_targets"]["test"],
+        users_evaluated=users,
+        candidate_set=f"all {sequences.item_count} items",
+        history_masked=False,
+        periods=facts.get("periods"),
+        targets_evaluated=len(cases) if len(cases) > users else None,
+    )
 
 
 def _train(config: Config, sequences: Sequences, run: Run) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the stages sft and orpo share: their rows, and the folder a tuned adapter is kept in."""
+"""What the stages sft and orpo share: their rows, and the folder a tuned model is kept in."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from llmrec.config import Config, Tuning
 from llmrec.data.tables import load_sequences, load_titles
 from llmrec.errors import UserError
 from llmrec.prompting import PromptWriter
+from llmrec.query_prompts import QueryWriter
 from llmrec.runs import Run, say
-from llmrec.stages import dataset_name, inputs, retriever_name, run_folder
+from llmrec.stages import dataset_name, inputs, retriever_name, run_folder, writes_titles
 from llmrec.stages.pairs import prompt_writer
 from llmrec.stages.scoring import questions_of
 from llmrec.templates import load_template, save_prompt
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
+    from llmrec.rankers.backbone import TunedModel
     from llmrec.rankers.tuning import TrainResult
     from llmrec.rankers.validation import ValidationPrompts
 
@@ -31,8 +31,21 @@ MEASURED = {"seconds", "tokens_per_second", "peak_memory_mb"}
 """What a row of the log says of this machine."""
 
 
-def encoder(config: Config) -> PromptWriter:
-    """The writer that made the rows: it has their token ids and labels."""
+def refuse_successive_targets(config: Config) -> None:
+    """A language model is asked once per user; retrievers alone answer for every event of a period. Said before hours of tuning.
+
+    Raises:
+        UserError: the split asks about successive targets.
+    """
+    if config.split.target == "successive":
+        raise UserError(
+            "split.target is successive, which retrievers alone answer: language models rank for one target per user. Use a dataset recipe "
+            "with split.target last (split.kind may stay temporal)"
+        )
+
+
+def encoder(config: Config) -> PromptWriter | QueryWriter:
+    """The writer that made the rows: it has their token ids."""
     return prompt_writer(config, load_titles(run_folder("prepare", config)))
 
 
@@ -42,14 +55,26 @@ def rows_of(run: Run, table: str) -> list[dict[str, Any]]:
     return found.select([name for name in ("prompt", "completion", "chosen", "rejected", "pool_items") if name in found.columns]).to_dicts()
 
 
-def validation_prompts(run: Run, writer: PromptWriter, tuning: Tuning) -> ValidationPrompts | None:
+def answers_of(writer: PromptWriter | QueryWriter, rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Token ids of the rows' answers: of every letter, or of the titles that occur."""
+    if isinstance(writer, PromptWriter):
+        return {answer: [label] for answer, label in zip(writer.answers, writer.labels, strict=True)}
+    texts = dict.fromkeys(row[side] for row in rows for side in ("completion", "chosen", "rejected") if side in row)
+    return {text: writer.answer_ids(text) for text in texts}
+
+
+def validation_prompts(run: Run, writer: PromptWriter | QueryWriter, tuning: Tuning) -> ValidationPrompts | None:
     """What a tuning is validated on: prompts of validation users as `evaluate` asks them, or None where it is not validated.
 
     Raises:
-        UserError: no validation user can be asked.
+        UserError: no validation user can be asked, or the answers are titles.
     """
     if tuning.eval_steps is None:
         return None
+    if isinstance(writer, QueryWriter):
+        raise UserError(
+            f"{run.stage.name}.eval_steps is {tuning.eval_steps}: a ranker that writes titles is not validated on the way; set it to null"
+        )
     from llmrec.rankers.validation import ValidationPrompts
 
     config = replace(run.config, evaluation=replace(run.config.evaluation, valid_users=tuning.eval_users, orders=1))
@@ -64,13 +89,13 @@ def validation_prompts(run: Run, writer: PromptWriter, tuning: Tuning) -> Valida
     return ValidationPrompts([asked.rows[at][0] for at in kept], shown, asked.targets[kept], writer.labels, tuning.batch)
 
 
-def save_tuned(run: Run, model: PeftModel, writer: PromptWriter, result: TrainResult) -> None:
-    """Write the adapter as plain peft reads it, with tokenizer, prompt, card, log and numbers."""
-    from llmrec.rankers.backbone import save_adapter
+def save_tuned(run: Run, model: TunedModel, writer: PromptWriter | QueryWriter, result: TrainResult) -> None:
+    """Write the adapter or model as plain peft or transformers reads it, with tokenizer, prompt, card, log and numbers."""
+    from llmrec.rankers.backbone import save_tuned_model
     from llmrec.rankers.validation import METRIC
 
     config, work = run.config, run.work
-    save_adapter(model, work, config.base)
+    save_tuned_model(model, work, config.base)
     writer.tokenizer.save_pretrained(work)
     save_prompt(work / "prompt.yaml", writer.template, writer.config)
     shutil.copy(run.checkpoints / "train_log.jsonl", work / "train_log.jsonl")
@@ -97,10 +122,11 @@ def card(config: Config, stage: str, facts: dict[str, Any], *, merged: bool = Fa
         config: of the run.
         stage: "sft" or "orpo".
         facts: its metrics.json.
-        merged: the folder holds the whole model.
+        merged: the folder holds the whole model, with an adapter in its weights.
     """
     from llmrec.rankers.cards import model_card
 
+    template = load_template(config.prompt.template)
     return model_card(
         stage=stage,
         base=config.base,
@@ -110,7 +136,8 @@ def card(config: Config, stage: str, facts: dict[str, Any], *, merged: bool = Fa
         rows=json.loads((run_folder("pairs", config) / "metrics.json").read_text()),
         lora=asdict(config.lora),
         tuning=asdict(config.sft if stage == "sft" else config.orpo),
-        prompt=load_template(config.prompt.template).name,
+        prompt=template.name,
+        titles=writes_titles(config),
         result=facts,
         merged=merged,
     )
