@@ -15,7 +15,7 @@ DATA   := --dataset $(DATASET)
 LAUNCH  = $(if $(ACCELERATE),--accelerate $(ACCELERATE)) $(if $(NPROC),--processes $(NPROC)) $(ARGS)
 RANKING = $(DATA) --retriever $(RETRIEVER) --ranker $(RANKER) --recipe $(RECIPE) $(if $(VARIANT),--variant $(VARIANT)) $(LAUNCH)
 
-.PHONY: help setup prepare retrieve pairs sft orpo evaluate runs doctor test test-slow lint clean
+.PHONY: help setup prepare retrieve pairs sft orpo evaluate order bench runs doctor test test-slow lint clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | column -t -s ':'
@@ -45,6 +45,12 @@ orpo: setup      ## the main job: everything up to the evaluation of the ORPO-tu
 	@$(BIN)/llmrec evaluate --chain $(RANKING)
 
 evaluate: orpo   ## the same
+
+order: setup     ## does order matter here? a trained retriever asked about shuffled histories
+	@$(BIN)/llmrec order --chain $(DATA) --retriever $(RETRIEVER) $(ARGS)
+
+bench: setup     ## time finished models: latency with intervals, memory, parameters
+	@$(BIN)/llmrec bench --chain $(DATA) $(if $(VARIANT),--variant $(VARIANT)) $(ARGS)
 
 runs: setup      ## what exists
 	@$(BIN)/llmrec runs
