@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from llmrec.evaluation.drawing import SERIES, Panel
 
 MARKS = "osD^vPX*"
+NAME_HEIGHT = 0.2  # inches below a picture for a row of names
 Points = Mapping[str, Sequence[tuple[int, float]]]
 """Model -> lengths of histories and what was measured at them."""
 
@@ -17,7 +18,8 @@ Points = Mapping[str, Sequence[tuple[int, float]]]
 def quality_against_latency(models: Mapping[str, Mapping[str, Any]], split: str) -> Panel:
     """HR@10 against the time of one user on a logarithmic axis, with 95 % intervals (arXiv 2408.05606, appendix B).
 
-    Evaluations ask language models of fewer users than retrievers, and their time leaves their retriever's out: labels say both.
+    Evaluations ask language models of fewer users than retrievers, and their time leaves their retriever's out: labels say both. The
+    names stand below, where there is room for many, and the figure grows with them.
 
     Args:
         models: "models" of bench's metrics.json; those without metrics of the split are left out.
@@ -39,14 +41,19 @@ def quality_against_latency(models: Mapping[str, Mapping[str, Any]], split: str)
         ax.set_xlabel("seconds per user (logarithmic)")
         ax.set_ylabel("HR@10" + (", history masked" if split == "test_masked" else ""))
         ax.set_title("HR@10 against latency")
-        _legend(ax)
+        names = ax.legend(frameon=False, fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.25)).get_texts()
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        figure.set_figheight(figure.get_figheight() + NAME_HEIGHT * (len(names) + 1) / 2)
 
     return draw
 
 
 def _label(name: str, facts: Mapping[str, Any]) -> str:
-    own_time = ", without its retriever's time" if facts["kind"] == "ranker" else ""
-    return f"{name}\n{facts['users_evaluated']:,} users{own_time}"
+    if facts["kind"] == "ranker":
+        in_two = name.replace(".", ".\n", 1)  # RETRIEVER.RANKER
+        return f"{in_two}\n{facts['users_evaluated']:,} users, its own time"
+    return f"{name}, {facts['users_evaluated']:,} users"
 
 
 def latency_against_length(sweeps: Mapping[str, Sequence[Mapping[str, Any]]]) -> Panel:

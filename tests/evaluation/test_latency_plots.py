@@ -40,7 +40,7 @@ def test_quality_stands_over_the_latency_of_one_user():
     ax = drawn(latency_plots.quality_against_latency(RETRIEVERS, "test"))
     assert ax.get_xscale() == "log"
     points = {bars.get_label(): bars.lines[0].get_xydata()[0].tolist() for bars in ax.containers}
-    assert points == {"sasrec\n6,040 users": [0.008, 0.30], "2mamba4rec\n6,040 users": [0.003, 0.34]}
+    assert points == {"sasrec, 6,040 users": [0.008, 0.30], "2mamba4rec, 6,040 users": [0.003, 0.34]}
     (interval,) = ax.containers[0].lines[2][0].get_segments()
     assert interval[:, 0] == pytest.approx([0.9 * 0.008, 1.2 * 0.008])
     assert [text.get_text() for text in ax.get_legend().get_texts()] == list(points)
@@ -50,7 +50,7 @@ def test_models_without_the_metric_are_left_out():
     ax = drawn(latency_plots.quality_against_latency(RETRIEVERS | {"ranker": RANKER}, "test"))
     assert len(ax.containers) == 2
     ax = drawn(latency_plots.quality_against_latency(RETRIEVERS | {"ranker": RANKER}, "test_masked"))
-    assert ax.containers[2].get_label() == "ranker\n200 users, without its retriever's time"
+    assert ax.containers[2].get_label() == "ranker\n200 users, its own time"
     assert "history masked" in ax.get_ylabel()
 
 
