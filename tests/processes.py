@@ -101,13 +101,17 @@ def tuned(kind: str, folder: Path, **limits: int) -> tuple[dict[str, torch.Tenso
         settings = ORPOConfig(**arguments(folder), beta=0.3, max_length=64, disable_dropout=False)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<end>", pad_token="<end>")
         data = Dataset.from_list(pairs)
-        trainer = SharedPromptORPOTrainer(model, settings, train_dataset=data, processing_class=tokenizer, nll_on="sequence", **limits)
+        trainer = SharedPromptORPOTrainer(
+            model, settings, train_dataset=data, eval_dataset=data, processing_class=tokenizer, nll_on="sequence", **limits
+        )
     items = np.tile(np.arange(1, 5), (5, 1))
     questions = ValidationPrompts(prompts()[:5], items, np.array([1, 2, 3, 4, 1]), LETTERS, batch=2)
     validation = RankingValidation(trainer, questions, folder, every=1, patience=None)
     trainer.add_callback(validation)
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     trainer.train()
+    if kind != "sft":
+        trainer.evaluate()
     last = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     kept = validation.restore_best()
     best = {f"best.{name}": weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}

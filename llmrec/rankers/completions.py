@@ -35,18 +35,21 @@ NLL_CHUNK = 256
 """Positions for which the vocabulary-wide softmax is made at the same time."""
 
 
-def choose(model: nn.Module, gradient_checkpointing: bool) -> tuple[Strategy, str]:
+def choose(model: nn.Module, gradient_checkpointing: bool, split: bool = False) -> tuple[Strategy, str]:
     """How completions of several tokens share their prompt in this model, and why, in a few words.
 
     Args:
         model: a causal language model of transformers, with or without adapter.
         gradient_checkpointing: whether it trains with recomputed activations.
+        split: whether its weights are split over processes (FSDP, ZeRO-3), which have to call it equally often.
     """
     config: Any = model.config
     kind, attention = config.model_type, config._attn_implementation  # transformers has no public name for it
     if kind == "mamba2":
         if gradient_checkpointing:
             return "concatenated", "gradient checkpointing drops the states after the prompt"
+        if split:
+            return "concatenated", "a second pass, which not every batch has, would wait for weights of other processes"
         if config.use_bias:
             return "concatenated", "a bias on in_proj would let padding into the states"
         return "continued", "from the states after the prompt"

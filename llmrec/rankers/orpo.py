@@ -10,20 +10,26 @@ forwards prompt + winner and prompt + loser for every pair, with logits at all p
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from llmrec import distributed
 from llmrec.config import Orpo
 from llmrec.errors import UserError
 from llmrec.rankers import preference_losses
 from llmrec.rankers.completions import choose, completion_logps, lay_out, prompt_nll, row_size, scaled_logits
 from llmrec.rankers.preference_losses import check_settings, mean_over_losers
 from llmrec.rankers.preference_rows import Group, comparisons, grouped
-from llmrec.rankers.tuning import Sums, TrainResult, WindowTrainer, arguments, fit, limits
+from llmrec.rankers.training_log import Sums, add, means
+from llmrec.rankers.tuning import TrainResult, WindowTrainer, arguments, fit, limits, weightless
 from llmrec.rankers.validation import ValidationPrompts
 from llmrec.runs import say
 
@@ -37,12 +43,13 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
 
     Takes what TRL's takes: a data set with the columns prompt, chosen and rejected (text, or conversations that the chat
     template ends the same way), or token ids made elsewhere in prompt_ids, chosen_ids and rejected_ids, of any length.
-    Differences from TRL: no end of text after the completion unless asked for, LoRA's dropout stays on unless
-    `disable_dropout` says otherwise in the config, a row that is too long is refused, no `logits/*` metrics.
+    Differences from TRL: no end of text after the completion unless asked for, LoRA's dropout stays on (`disable_dropout` in
+    the config is for the base's), a row that is too long is refused, no `logits/*` metrics and so no `compute_metrics`.
 
     The loss of a step is a mean over all its winners, on all processes and in all forward passes, of the winner's mean over its
-    losers; the NLL is a mean over the tokens of all winners. Pair-wise (`negatives` 1) every pair has a winner of its own, as in
-    TRL: a completion that wins twice counts twice. List-wise a completion is one winner of its prompt, with one NLL.
+    losers; the NLL is a mean over the tokens of all winners. `evaluate` gives the same over a data set. Pair-wise (`negatives` 1)
+    every pair has a winner of its own, as in TRL: a completion that wins twice counts twice. List-wise a completion is one winner
+    of its prompt, with one NLL.
 
     Args:
         *args: of TRL's constructor.
@@ -74,17 +81,23 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
     ):
         self.nll_on, self.loss, self.negatives, self.label_ids = nll_on, loss, negatives, label_ids
         self.gamma, self.end_of_text = gamma, end_of_text
+        self._evaluated: dict[str, list[Any]] = defaultdict(lambda: [0.0, 0.0])
         super().__init__(*args, **kwargs)
         check_settings(loss, nll_on, negatives, self.beta, gamma)
+        if self.compute_metrics is not None or self.generate_during_eval:
+            raise UserError("compute_metrics and generate_during_eval read logits that are not made here: leave them out")
+        if loss == "simpo" and self.beta < 1:
+            say(f"simpo with beta {self.beta:g} hardly looks at how far apart two answers are; its authors take 2")
         if self.aux_loss_enabled:
             raise UserError("mixtures of experts with a router loss are not supported: set output_router_logits to false")
         self.args.remove_unused_columns = False
-        self.use_dpo_data_collator = True  # or TRL warns at every evaluation step
         self.data_collator = self.collate
         base: Any = self.model
+        _keep_lora_dropout(base)
+        split = self.is_fsdp_enabled or self.zero3
         if nll_on == "sequence":
-            self._check_sequence(base.config)
-        self.strategy, why = choose(base, bool(self.args.gradient_checkpointing))
+            _check_sequence(base.config, split)
+        self.strategy, why = choose(base, bool(self.args.gradient_checkpointing), split)
         self.train_dataset = self._grouped(self.train_dataset)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._grouped(rows) for name, rows in self.eval_dataset.items()}
@@ -92,15 +105,6 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
             self.eval_dataset = self._grouped(self.eval_dataset)
         several = any(len(completion) > 1 for group in self.train_dataset for completion in group["completions"])
         say(f"completions {self.strategy}: {why}" if several else "completions of one token: read from the logits after the prompt")
-
-    def _check_sequence(self, config: Any) -> None:
-        """The NLL of a prompt goes through the head by itself, in chunks whose number differs from process to process."""
-        if scaled := scaled_logits(config):
-            raise UserError(
-                f"nll_on sequence: {config.model_type} changes logits after its head ({scaled}), which is not done here: choose completion"
-            )
-        if self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3):
-            raise UserError("nll_on sequence needs the whole head on every process: choose completion, or ddp in place of fsdp2 and zero3")
 
     def _send_telemetry(self) -> None:
         """TRL reports every trainer that is made to its publisher; this one does not."""
@@ -139,21 +143,25 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
 
     def window_loss(self, model: nn.Module, batch: dict[str, Any], window: Tensor) -> tuple[Tensor, Sums]:
         """The loss of all winners of the batch, as a share of the step's. A batch without pairs adds 0."""
+        sums = self._batch_sums(model, batch)
+        all_winners, all_tokens = window.clamp(min=1)
+        loss = sums.pop("preference")[0] / all_winners
+        if self.loss == "orpo":
+            loss = loss + sums["nll_loss"][0] / all_tokens
+        return loss, {name: (total.detach(), count) for name, (total, count) in sums.items()}
+
+    def _batch_sums(self, model: nn.Module, batch: dict[str, Any]) -> Sums:
+        """Over the batch's winners: the loss but for its NLL as "preference", the NLL and, without gradients, what is logged."""
         base = self.accelerator.unwrap_model(model)
         logps, hidden = completion_logps(model, base.config, batch, hidden_states=self.nll_on == "sequence")
         winners, real = batch["winners"], batch["real"]
-        means = logps / batch["completion_lengths"]
-        chosen, rejected = means[winners], means[batch["losers"]]
+        per_token = logps / batch["completion_lengths"]
+        chosen, rejected = per_token[winners], per_token[batch["losers"]]
         nll = -logps[winners].sum()
         if hidden is not None:
             nll = nll + prompt_nll(hidden, base.get_output_embeddings(), batch)[batch["prompt"]].sum()
 
-        all_winners, all_tokens = window.clamp(min=1)
         terms, logged = self._terms(chosen, rejected, real)
-        loss = terms.sum() / all_winners
-        if self.loss == "orpo":
-            loss = loss + nll / all_tokens
-
         rejected = mean_over_losers(rejected, real)
         logged |= {
             "rewards/chosen": self.beta * chosen,
@@ -164,7 +172,7 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         }
         count, tokens = self.batch_sizes(batch).tolist()
         sums: Sums = {name: (values.detach().sum(), count) for name, values in logged.items()}
-        return loss, sums | {"nll_loss": (nll.detach(), tokens)}
+        return sums | {"preference": (terms.sum(), count), "nll_loss": (nll, tokens)}
 
     def _terms(self, chosen: Tensor, rejected: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Each winner's loss but for its NLL, and what is logged of its comparisons, (winners,) each."""
@@ -178,13 +186,43 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         logged |= {"log_odds_ratio": mean_over_losers(log_sigmoid, real), "log_odds_chosen": mean_over_losers(log_odds, real)}
         return mean_over_losers(losses, real), logged
 
-    def get_batch_loss_metrics(
-        self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train"
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Loss and mean metrics of a batch by itself; TRL's evaluation calls this."""
-        loss, sums = self.window_loss(model, batch, self.batch_sizes(batch).to(batch["lengths"].device))
-        prefix = "eval_" if train_eval == "eval" else ""
-        return loss, {prefix + name: float(total / count) for name, (total, count) in sums.items()}
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """This process's part of the prompts. Those of whom there are not enough for all processes are made up by ones without pairs."""
+        own: Any = self.eval_dataset
+        rows: Any = own[eval_dataset] if isinstance(eval_dataset, str) else own if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise UserError("there is nothing to evaluate on: give the trainer an eval_dataset")
+        groups: list[Group] = rows if isinstance(rows, list) else self._grouped([row | self.tokenize_row(row) for row in rows])
+        processes = self.args.world_size
+        groups = groups + [weightless(groups[0])] * (-len(groups) % processes)  # as many batches everywhere
+        mine: Any = groups[self.args.process_index :: processes]
+        return DataLoader(mine, batch_size=self.args.eval_batch_size, collate_fn=self.collate)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """The same for `predict`."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[None, None, None]:
+        """Adds a batch to the sums that `evaluation_loop` divides."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            add(self._evaluated, self._batch_sums(model, self._prepare_inputs(inputs)))
+        return None, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Loss and metrics as means over the whole data set, whatever the batches and processes it is cut into."""
+        self._evaluated.clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        found = means(distributed.gather({name: (float(total), float(count)) for name, (total, count) in self._evaluated.items()}))
+        loss = found.pop("preference") + (found["nll_loss"] if self.loss == "orpo" else 0.0)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in ({"loss": loss} | found).items()}
+        return output._replace(metrics=(output.metrics or {}) | metrics)
 
     def _grouped(self, rows: Any) -> list[Group]:
         """The groups of a data set, each with the length and number of its token rows (`WindowTrainer`)."""
@@ -195,6 +233,26 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
             sizes = [len(completion) for completion in group["completions"]]
             group["length"], group["copies"] = row_size(self.strategy, len(group["prompt_ids"]), sizes, single)
         return groups
+
+
+def _keep_lora_dropout(model: nn.Module) -> None:
+    """TRL turns all dropout off; the adapter's was asked for with the adapter."""
+    if isinstance(model, PeftModel):
+        for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+            for adapter, dropout in layer.lora_dropout.items():
+                if isinstance(dropout, nn.Dropout):
+                    config: Any = model.peft_config[adapter]
+                    dropout.p = config.lora_dropout
+
+
+def _check_sequence(config: Any, split: bool) -> None:
+    """The NLL of a prompt goes through the head by itself, in chunks whose number differs from process to process."""
+    if scaled := scaled_logits(config):
+        raise UserError(
+            f"nll_on sequence: {config.model_type} changes logits after its head ({scaled}), which is not done here: choose completion"
+        )
+    if split:
+        raise UserError("nll_on sequence needs the whole head on every process: choose completion, or ddp in place of fsdp2 and zero3")
 
 
 def train_orpo(

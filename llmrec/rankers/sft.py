@@ -20,7 +20,8 @@ from llmrec.config import Tuning
 from llmrec.errors import UserError
 from llmrec.rankers.backbone import TunedModel
 from llmrec.rankers.completions import kept_logits, lay_out, row_size
-from llmrec.rankers.tuning import Sums, TrainResult, WindowTrainer, arguments, fit, limits
+from llmrec.rankers.training_log import Sums
+from llmrec.rankers.tuning import TrainResult, WindowTrainer, arguments, fit, limits
 from llmrec.rankers.validation import ValidationPrompts
 
 

@@ -27,19 +27,17 @@ from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from llmrec import distributed
 from llmrec.config import Tuning
 from llmrec.errors import UserError
-from llmrec.progress import track
 from llmrec.rankers.backbone import TunedModel
 from llmrec.rankers.steps import Steps, deal
-from llmrec.rankers.validation import METRIC, RankingValidation, ValidationPrompts
+from llmrec.rankers.training_log import Bar, Log, Sums, add, by_step, means
+from llmrec.rankers.validation import RankingValidation, ValidationPrompts
 from llmrec.runs import say
-
-Sums = dict[str, tuple[Tensor, Tensor | float]]
-"""Metrics of a batch: name -> (sum, how many); logged as their quotient over a step, or as the sum where "how many" is 0."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,13 @@ class WindowTrainer(Trainer):
 
     Args:
         *args: of the next trainer's constructor.
-        max_tokens_per_batch: padded tokens of a forward pass at most; a longer row has a pass of its own.
+        max_tokens_per_batch: padded tokens of a forward pass at most; a longer row has a pass of its own. Completions that
+            have a pass to themselves (Mamba-2) count as they are, without padding.
         prompts_per_step: rows of an optimiser step, on all processes together, in place of the product above.
         **kwargs: of the next trainer's constructor.
+
+    Raises:
+        UserError: of `refuse_mixed_weights`, under ZeRO-3.
     """
 
     loss_is_scaled_for_ga = True
@@ -95,6 +97,10 @@ class WindowTrainer(Trainer):
         if self.prompts_per_step < self.args.world_size:
             say(f"{self.args.world_size} processes share steps of {self.prompts_per_step} prompts: some idle. Raise batch or accumulation")
         self.args.gradient_accumulation_steps = 1  # the Trainer's loop gets a whole step at a time
+        self.zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        model: Any = self.model
+        if self.zero3:
+            refuse_mixed_weights(model)
         self._sums: dict[str, list[Any]] = defaultdict(lambda: [0.0, 0.0])
         self._tokens = 0
         self._mark = time.perf_counter()
@@ -130,7 +136,7 @@ class WindowTrainer(Trainer):
         at_most = self.args.train_batch_size if self.max_tokens_per_batch is None else None
         copies = [row["copies"] for row in rows]
         passes = deal(lengths, copies, at_most, self.max_tokens_per_batch, self.args.world_size)[self.args.process_index]
-        batches = [self.data_collator([rows[at] for at in places] or [_weightless(rows[0])]) for places in passes]
+        batches = [self.data_collator([rows[at] for at in places] or [weightless(rows[0])]) for places in passes]
         window = torch.stack([self.batch_sizes(batch) for batch in batches]).sum(0).to(device)
         return [{"passes": batches}], self.accelerator.reduce(window, "sum")
 
@@ -161,9 +167,7 @@ class WindowTrainer(Trainer):
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, rows {inputs['rows']}: lower the learning rate"
             )
-        for name, (total, count) in sums.items():
-            self._sums[name][0] += total
-            self._sums[name][1] += count
+        add(self._sums, sums)
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, sums) if return_outputs else loss
 
@@ -174,9 +178,7 @@ class WindowTrainer(Trainer):
             seconds, self._mark = now - self._mark, now
             mine = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
             found = distributed.gather((mine, peak_memory_mb()))
-            for name in dict.fromkeys(name for sums, _ in found for name in sums):
-                total, count = (sum(sums.get(name, (0.0, 0.0))[part] for sums, _ in found) for part in (0, 1))
-                logs[name] = total / count if count else total
+            logs |= means([totals for totals, _ in found])
             logs |= {"tokens": self._tokens, "seconds": round(seconds, 3), "tokens_per_second": round(self._tokens / seconds, 1)}
             logs["peak_memory_mb"] = max(peak for _, peak in found)
             self._sums.clear()
@@ -203,14 +205,30 @@ class StepLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-def _weightless(row: dict[str, Any]) -> dict[str, Any]:
+def weightless(row: dict[str, Any]) -> dict[str, Any]:
     """A row of one token about which nothing is asked."""
     asked: dict[str, list[Any]] = {name: [] for name, value in row.items() if isinstance(value, list)}
     return {**row, **asked, "prompt_ids": row["prompt_ids"][:1], "length": 1, "copies": 1}
 
 
+def refuse_mixed_weights(model: nn.Module) -> None:
+    """ZeRO-3 fails at the first optimiser step where a base in bfloat16 carries an adapter in float32 (DeepSpeed issue 8072).
+
+    Raises:
+        UserError: the weights are of more than one kind.
+    """
+    kinds = {str(weight.dtype).removeprefix("torch.") for weight in model.parameters() if weight.is_floating_point()}
+    if len(kinds) > 1:
+        raise UserError(f"ZeRO-3 takes weights of one kind, and these are {' and '.join(sorted(kinds))}: use fsdp2, or base.dtype float32")
+
+
 def arguments(tuning: Tuning, folder: str | Path, seed: int) -> dict[str, Any]:
-    """Our settings in the words of `transformers.TrainingArguments`."""
+    """Our settings in the words of `transformers.TrainingArguments`.
+
+    Raises:
+        UserError: of `check`.
+    """
+    check(tuning)
     return {
         "output_dir": str(folder),
         "learning_rate": tuning.learning_rate,
@@ -238,12 +256,28 @@ def arguments(tuning: Tuning, folder: str | Path, seed: int) -> dict[str, Any]:
     }
 
 
-def limits(tuning: Tuning) -> dict[str, int | None]:
-    """Our settings in the words of `WindowTrainer`: the same rows make a step however many processes share them."""
-    for name in ("max_tokens_per_batch", "eval_steps", "eval_users", "patience"):
+def check(tuning: Tuning) -> None:
+    """Refuse what makes no training.
+
+    Raises:
+        UserError: a setting out of its range, or without effect; the message names it.
+    """
+    for name in ("batch", "accumulation", "save_steps", "max_tokens_per_batch", "eval_steps", "eval_users", "patience"):
         value = vars(tuning)[name]
         if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 1, or null")
+            raise UserError(f"{name} is {value}: it must be at least 1")
+    if not tuning.epochs > 0:
+        raise UserError(f"epochs is {tuning.epochs}: it must be more than 0")
+    if tuning.warmup < 0:
+        raise UserError(f"warmup is {tuning.warmup} steps: it must be at least 0")
+    if tuning.patience is not None and tuning.eval_steps is None:
+        raise UserError(f"patience is {tuning.patience} validations, but eval_steps is null, which never validates: set both or neither")
+    if tuning.report_to not in ("none", *(here := get_available_reporting_integrations())):
+        raise UserError(f"report_to is {tuning.report_to}, which is not installed: pip install it. Here are: {', '.join(['none', *here])}")
+
+
+def limits(tuning: Tuning) -> dict[str, int | None]:
+    """Our settings in the words of `WindowTrainer`: the same rows make a step however many processes share them."""
     return {"max_tokens_per_batch": tuning.max_tokens_per_batch, "prompts_per_step": tuning.batch * tuning.accumulation}
 
 
@@ -262,6 +296,7 @@ def fit(trainer: WindowTrainer, folder: Path, description: str, tuning: Tuning, 
     """
     trainer.remove_callback(PrinterCallback)  # it prints to stdout
     trainer.add_callback(Bar(description))
+    trainer.add_callback(Log(folder / "train_log.jsonl"))
     validation = None
     if prompts is not None and tuning.eval_steps is not None:
         validation = RankingValidation(trainer, prompts, folder, tuning.eval_steps, tuning.patience)
@@ -272,21 +307,10 @@ def fit(trainer: WindowTrainer, folder: Path, description: str, tuning: Tuning, 
     trainer.train(resume_from_checkpoint=checkpoint)
     _unshard(trainer)
     kept = trainer.state.global_step if validation is None else validation.restore_best()
-    log = _by_step(trainer.state.log_history)
-    if distributed.is_main():
-        (folder / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    log = by_step(trainer.state.log_history)
     seconds, tokens = sum(row["seconds"] for row in log), sum(row["tokens"] for row in log)
     peak = max(int(row["peak_memory_mb"]) for row in log)
     return TrainResult(trainer.state.global_step, seconds, tokens / seconds, peak, log, kept)
-
-
-def _by_step(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """One row per optimiser step: its loss and metrics, and what was validated after it."""
-    rows: dict[float, dict[str, float]] = defaultdict(dict)
-    for row in history:
-        if "loss" in row or METRIC in row:  # and not the summary at the end
-            rows[row["step"]] |= row
-    return list(rows.values())
 
 
 def _unshard(trainer: WindowTrainer) -> None:
@@ -332,25 +356,3 @@ def peak_memory_mb() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() // 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-class Bar(TrainerCallback):
-    """Progress on stderr: steps done, time taken, time left."""
-
-    def __init__(self, description: str):
-        self.description = description
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Open the bar, as far along as a resumed run is."""
-        left = range(state.global_step, state.max_steps + 1)
-        self.bar = iter(track(left, self.description, total=state.max_steps, done=state.global_step))
-        next(self.bar)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar."""
-        next(self.bar, None)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take the bar away."""
-        for _ in self.bar:
-            pass

@@ -99,6 +99,8 @@ def save_tuned(run: Run, model: TunedModel, writer: PromptWriter | QueryWriter, 
     writer.tokenizer.save_pretrained(work)
     save_prompt(work / "prompt.yaml", writer.template, writer.config)
     shutil.copy(run.checkpoints / "train_log.jsonl", work / "train_log.jsonl")
+    if (events := run.checkpoints / "runs").exists():  # of tensorboard, which transformers keeps beside the checkpoints
+        shutil.copytree(events, work / "tensorboard", dirs_exist_ok=True)
     run.origin = {"weights": inputs.weights_origin(config), "licence": config.base.licence or ""}
     facts: dict[str, Any] = {
         "steps": result.steps,

@@ -216,3 +216,9 @@ def test_what_is_chosen_and_why(config, attention, checkpointing, strategy, why)
     chosen, reason = choose(model, checkpointing)
     assert chosen == strategy
     assert why in reason
+
+
+@pytest.mark.parametrize(("model", "strategy"), [("mamba2", "concatenated"), ("llama", "packed")])
+def test_split_weights_are_gathered_equally_often_everywhere(model, strategy, tiny):
+    """A second pass, which not every batch has, would wait for another process's weights for ever."""
+    assert choose(tiny(model), False, split=True)[0] == strategy

@@ -19,7 +19,8 @@ from llmrec.errors import UserError
 from llmrec.rankers.backbone import compile_layers, load_base, save_adapter, save_tuned_model, trainable, with_lora
 from llmrec.rankers.orpo import train_orpo
 from llmrec.rankers.sft import AnswerTrainer, collate, train_sft
-from llmrec.rankers.tuning import arguments, last_complete_checkpoint, put_together
+from llmrec.rankers.training_log import Bar
+from llmrec.rankers.tuning import arguments, last_complete_checkpoint, put_together, refuse_mixed_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rankers.json"
 LETTERS = {"A": 33, "B": 34, "C": 35}
@@ -286,10 +287,51 @@ def test_a_killed_run_with_a_budget_goes_on_to_the_same_adapter(saved_llama, tok
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("setting", ["max_tokens_per_batch", "eval_steps", "eval_users", "patience"])
-def test_settings_below_one_are_refused(setting, saved_llama, tokenizer, tmp_path):
-    with pytest.raises(UserError, match=f"{setting} is 0: it must be at least 1"):
-        train("sft", load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path, **{setting: 0})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({name: 0}, f"{name} is 0: it must be at least 1") for name in
+     ("batch", "accumulation", "save_steps", "max_tokens_per_batch", "eval_steps", "eval_users", "patience")]
+    + [
+        ({"epochs": 0}, "epochs is 0: it must be more than 0"),
+        ({"epochs": float("nan")}, "epochs is nan"),
+        ({"warmup": -1}, "warmup is -1 steps"),
+        ({"patience": 4}, "eval_steps is null, which never validates"),
+        ({"report_to": "carrier pigeon"}, "report_to is carrier pigeon, which is not installed"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_training_are_refused(changes, message, saved_llama, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train("sft", load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("kind", ["sft", "orpo"])
+def test_the_log_grows_with_the_training(kind, saved_llama, tokenizer, tmp_path, monkeypatch):
+    """What is there when it stops, and once more after it was taken up: one row per step, in order."""
+
+    def crash(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr(Bar, "on_step_end", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train(kind, load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path)
+
+    def logged():
+        return [json.loads(line) for line in (tmp_path / "train_log.jsonl").open()]
+
+    assert [row["step"] for row in logged()] == [1, 2, 3, 4]
+    result, _ = train(kind, load_base(saved_llama, Base(dtype="float32")), tokenizer, tmp_path)
+    assert logged() == result.log
+    assert [row["step"] for row in logged()] == list(range(1, result.steps + 1))
+
+
+def test_weights_of_two_kinds_are_refused_under_zero3(tiny):
+    model = with_lora(tiny("llama"), Lora(r=4), seed=0)
+    refuse_mixed_weights(model)
+    model.base_model.model.lm_head.bfloat16()
+    with pytest.raises(UserError, match="these are bfloat16 and float32: use fsdp2"):
+        refuse_mixed_weights(model)
 
 
 def test_one_set_of_arguments_serves_two_trainers(tiny, tmp_path):
