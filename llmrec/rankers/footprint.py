@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmrec.config import Base, Lora
 from llmrec.rankers.backbone import TunedModel, float_head, resolve_dtype, trainable
-from llmrec.rankers.completions import NLL_CHUNK
+from llmrec.rankers.completions import NLL_CHUNK, Strategy, choose, completion_logps, lay_out
 from llmrec.rankers.letters import last_logits
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -95,8 +95,22 @@ class Alive(TorchDispatchMode):
         self.bytes -= size
 
 
+def sharing(config: PreTrainedConfig, base: Base, checkpointing: bool) -> Strategy:
+    """How completions of several tokens share their prompt in training: of `choose`."""
+    return choose(hollow(config, base), checkpointing)[0]
+
+
 def training_footprint(
-    config: PreTrainedConfig, base: Base, lora: Lora, *, rows: int, tokens: int, checkpointing: bool = False, sequence_nll: bool = False
+    config: PreTrainedConfig,
+    base: Base,
+    lora: Lora,
+    *,
+    rows: int,
+    tokens: int,
+    completions: Sequence[int] = (1,),
+    strategy: Strategy = "concatenated",
+    checkpointing: bool = False,
+    sequence_nll: bool = False,
 ) -> Footprint:
     """What one forward and backward pass of SFT or ORPO needs.
 
@@ -106,6 +120,8 @@ def training_footprint(
         lora: the adapter, or rank 0 for all weights.
         rows: prompts of a forward pass.
         tokens: of the longest prompt, to which the others are padded.
+        completions: tokens of each completion of a prompt.
+        strategy: of `sharing`; it makes no difference to a single completion.
         checkpointing: layers are computed again in the backward pass.
         sequence_nll: the NLL covers the prompt, in chunks of positions.
     """
@@ -118,9 +134,14 @@ def training_footprint(
     adapter = tuned_bytes if lora.r else 0
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    kept, peak = _rehearse(tuned, rows, tokens, sequence_nll)
+    prompts, answers = [[0] * tokens] * rows, [[[0] * length for length in completions]] * rows
+    batch: dict[str, Any] = lay_out(strategy, prompts, answers, pad_id=0)
+    if strategy == "continued":
+        batch["mask"] = None  # prompts of one length need none, which fake tensors cannot tell by its content
+    kept, peak = _rehearse(tuned, batch, sequence_nll)
     if base.compile and not torch.cuda.is_available():  # compiled attention keeps its probabilities, which the kernel makes again
-        probabilities = rows * config.num_attention_heads * tokens**2 * resolve_dtype(base.dtype).itemsize
+        wide, long = batch["input_ids"].shape
+        probabilities = wide * config.num_attention_heads * long**2 * resolve_dtype(base.dtype).itemsize
         layers = 1 if checkpointing else config.num_hidden_layers
         kept, peak = kept + layers * probabilities, peak + layers * probabilities
     products = sum(weight.numel() for weight in linear)
@@ -164,23 +185,18 @@ def hollow(config: PreTrainedConfig, base: Base) -> PreTrainedModel:
     return model
 
 
-def _rehearse(model: TunedModel, rows: int, tokens: int, sequence_nll: bool) -> tuple[int, int]:
+def _rehearse(model: TunedModel, batch: dict[str, Any], sequence_nll: bool) -> tuple[int, int]:
     """Bytes kept for the backward pass, and bytes at the worst moment of the step."""
+    config: Any = model.config
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # attention chooses its kernel by device; nothing is allocated
-        ids, lengths = _batch(rows, tokens)
         with Alive(_all(model)) as alive:
-            if sequence_nll:
-                out = model(input_ids=ids, logits_to_keep=lengths[:, None] - 1, output_hidden_states=True, use_cache=False)
-                loss = out.logits[:, 0].float().log_softmax(-1).sum()
-                chunk = out.hidden_states[-1].flatten(0, 1)[:NLL_CHUNK]
-                del out
-                kept = alive.bytes
-                nll = F.cross_entropy(model.get_output_embeddings()(chunk).float(), ids.flatten()[:NLL_CHUNK], reduction="sum")
+            logps, hidden = completion_logps(model, config, batch, hidden_states=sequence_nll)
+            loss, kept = logps.sum(), alive.bytes
+            if hidden is not None:
+                chunk = hidden.flatten(0, 1)[:NLL_CHUNK]
+                nll = F.cross_entropy(model.get_output_embeddings()(chunk).float(), chunk.new_zeros(len(chunk)).long(), reduction="sum")
                 loss = loss + nll  # one chunk's logits and their gradient: the others follow one by one
-            else:
-                loss = last_logits(model, ids, lengths).log_softmax(-1).sum()
-                kept = alive.bytes
             loss.backward()
     return kept, alive.peak
 

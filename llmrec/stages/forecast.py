@@ -98,31 +98,58 @@ def _ranker(stage: str, config: Config, users: int, prompts: int, rows: int) -> 
     if stage == "evaluate":
         return _evaluate(config, shape, users)
     sequence_nll = stage == "orpo" and config.orpo.nll_on == "sequence"
-    return _tune(config, shape, config.sft, rows) if stage == "sft" else _tune(config, shape, config.orpo, prompts, sequence_nll)
+    if stage == "sft":
+        return _tune(config, shape, config.sft, rows, 1)
+    return _tune(config, shape, config.orpo, prompts, _completions(config), sequence_nll)
 
 
-def _tune(config: Config, shape: PreTrainedConfig, tuning: Tuning, rows: int, sequence_nll: bool = False) -> Forecast:
-    from llmrec.rankers.footprint import training_footprint
+def _tune(config: Config, shape: PreTrainedConfig, tuning: Tuning, prompts: int, completions: int, sequence_nll: bool = False) -> Forecast:
+    from llmrec.rankers.completions import Strategy, row_size
+    from llmrec.rankers.footprint import sharing, training_footprint
 
+    own = _title(config) if writes_titles(config) else 1
+    strategy: Strategy = "concatenated"  # as good as any for a single completion, and for letters
+    if own > 1 and completions > 1:
+        strategy = sharing(shape, config.base, tuning.gradient_checkpointing)
+    answers = [own] * completions
+    longest = _longest(config) - (own - 1)  # without the title that answers, which the tokens of a prompt have at its end
+    width, copies = row_size(strategy, longest, answers, single=own == 1)
     found = training_footprint(
         shape,
         config.base,
         config.lora,
-        rows=_rows(tuning, _longest(config)),
-        tokens=_longest(config),
+        rows=_prompts(tuning, width * copies),
+        tokens=longest,
+        completions=answers,
+        strategy=strategy,
         checkpointing=tuning.gradient_checkpointing,
         sequence_nll=sequence_nll,
     )
     passes = 1 + BACKWARD + tuning.gradient_checkpointing  # which makes the forward pass twice
+    read, copies = row_size(strategy, round(_tokens(config)) - (own - 1), answers, single=own == 1)
     kept = 3 * found.adapter if config.lora.r else 7 * found.weights  # the weights, and two checkpoints with AdamW's moments
-    return _language_model(config, shape, found, passes * rows * tuning.epochs, kept / MB + 5)
+    return _language_model(config, shape, found, passes * prompts * tuning.epochs * read * copies / _tokens(config), kept / MB + 5)
 
 
-def _rows(tuning: Tuning, longest: int) -> int:
-    """Prompts of a forward pass."""
+def _prompts(tuning: Tuning, tokens: int) -> int:
+    """Prompts of a forward pass, which go through the model as so many tokens each."""
     if tuning.max_tokens_per_batch is None:
         return tuning.batch
-    return min(tuning.batch * tuning.accumulation, max(1, tuning.max_tokens_per_batch // longest))
+    return min(tuning.batch * tuning.accumulation, max(1, tuning.max_tokens_per_batch // tokens))
+
+
+def _completions(config: Config) -> int:
+    """Different completions of a preference prompt, at most: the last item, the one before it, which has another rating, and LightFM's.
+
+    Assumed is that every prompt has all its pairs. With equal ratings (a third of users on MovieLens) there is one completion less.
+    """
+    pairs = config.pairs
+    return 1 + pairs.rating + (pairs.losers if pairs.lightfm != "none" else 0)
+
+
+def _title(config: Config) -> int:
+    """Tokens of a title that answers, and the end of text."""
+    return min(round(TITLE_TOKENS), config.prompt.title_tokens) + 1
 
 
 def _evaluate(config: Config, shape: PreTrainedConfig, users: int) -> Forecast:
@@ -148,8 +175,7 @@ def _titles_or_queries(config: Config, shape: PreTrainedConfig) -> Footprint:
 
     base, longest = config.base, _longest(config)
     batch, prompts, beams = (max(1, size) for size in (config.evaluation.batch, config.queries.batch, config.queries.count))
-    title = min(round(TITLE_TOKENS), config.prompt.title_tokens) + 1  # and the end of text
-    scoring = titles_footprint(shape, base, batch=batch, tokens=longest, titles=config.prompt.candidates, title=title)
+    scoring = titles_footprint(shape, base, batch=batch, tokens=longest, titles=config.prompt.candidates, title=_title(config))
     writing = queries_footprint(shape, base, batch=prompts, beams=beams, tokens=longest + config.prompt.title_tokens)
     return max(scoring, writing, key=lambda one: one.activations)
 
