@@ -316,3 +316,38 @@ def test_exported_alone_the_adapter_comes_with_all_it_needs(finished, shop, tiny
     for file in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "prompt.yaml", "README.md"):
         assert (folder / file).read_bytes() == (tuned / file).read_bytes()
     assert not (folder / "train_log.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_exported_and_merged_from_4_bits_it_answers_as_base_and_adapter(finished, shop, tiny_llama, tmp_path):
+    """What is merged into are the weights that the 4 bits stand for, not those of the checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from llmrec.config import Base
+    from llmrec.rankers.backbone import load_base, load_tokenizer, load_tuned
+    from llmrec.rankers.letters import letter_logprobs
+
+    tokenizer = load_tokenizer(tiny_llama)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}  # 64 weights share a scale
+    wider = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **sizes))
+    wider.get_output_embeddings().weight.data.normal_(std=0.3)
+    wider.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    settings = ["--variant", "nf4", "--base.quantise", "nf4", "--sft.learning_rate", "0.02", "--orpo.learning_rate", "0.01"]
+    done = run("export", shop, tmp_path, "whole", "--merged", *settings)
+    assert done.returncode == 0, done.stderr
+    folder, tuned = shop / json.loads(done.stdout.splitlines()[-1])["folder"], shop / "whole" / f"{name('orpo')}.nf4"
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+    draw = np.random.default_rng(4)
+    rows, letters = draw.integers(1, 300, (100, 30)).tolist(), [tokenizer.encode(letter)[-1] for letter in "ABCDEFGHIJ"]
+    nf4 = Base(dtype="float32", quantise="nf4")
+    adapted, merged = load_tuned(tmp_path, nf4, tuned), AutoModelForCausalLM.from_pretrained(folder)
+    expected, found = (letter_logprobs(model, rows, letters) for model in (adapted, merged))
+    assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.97  # scoring in 4 bits rounds the scales
+    assert np.abs(found - expected).max() < 0.1
+    for other in (load_base(tmp_path, nf4), load_tuned(tmp_path, Base(dtype="float32"), tuned)):  # what it must not be
+        assert np.abs(letter_logprobs(other, rows, letters) - found).max() > 0.5

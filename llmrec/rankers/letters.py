@@ -14,6 +14,18 @@ import torch
 from torch import Tensor, nn
 
 
+class NotFinite(FloatingPointError):
+    """A log-probability is not finite: weights are not, or numbers are too large for their dtype.
+
+    Attributes:
+        prompt: the number of its prompt among those that were asked.
+    """
+
+    def __init__(self, prompt: int):
+        super().__init__(f"prompt {prompt} has a log-probability that is not finite; try base.dtype float32")
+        self.prompt = prompt
+
+
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token rows as one batch: ids padded on the right (rows, longest), and the number of real tokens (rows,), both int64."""
     lengths = torch.tensor([len(row) for row in rows])
@@ -37,15 +49,15 @@ def logprobs_of(label_ids: Sequence[int], logits: Tensor, numbers: Sequence[int]
     Args:
         label_ids: token id of each letter.
         logits: (rows, vocabulary) float32.
-        numbers: which prompt each row belongs to, for the message.
+        numbers: which prompt each row belongs to, for the error.
 
     Raises:
-        FloatingPointError: a log-probability is not finite; the message names the prompt.
+        NotFinite: a log-probability is not finite; the error names the prompt.
     """
     logprobs = logits.log_softmax(-1)[:, torch.as_tensor(label_ids, device=logits.device)]
     bad = ~torch.isfinite(logprobs).all(1).cpu().numpy()
     if bad.any():
-        raise FloatingPointError(f"prompt {np.array(numbers)[bad][0]} has a log-probability that is not finite; try base.dtype float32")
+        raise NotFinite(int(np.array(numbers)[bad][0]))
     return logprobs.cpu().numpy()
 
 
@@ -86,7 +98,7 @@ def letter_logprobs(
         (rows, letters) float32.
 
     Raises:
-        FloatingPointError: a log-probability is not finite; the message names the row.
+        NotFinite: a log-probability is not finite; the error names the row.
     """
     scores = np.empty((len(rows), len(label_ids)), dtype=np.float32)
     for numbers, found in batches_of_letter_logprobs(model, rows, label_ids, batch=batch, pad_id=pad_id):

@@ -85,7 +85,7 @@ def letter_logprobs_of_orders(
         (users, orders, letters) float32.
 
     Raises:
-        FloatingPointError: a log-probability is not finite; the message names the user.
+        NotFinite: a log-probability is not finite; the error names the prompt, counted through all users.
     """
     orders = len(asked[0]) if asked else 1
     shared = [shared_tokens(rows) for rows in asked]
@@ -98,6 +98,6 @@ def letter_logprobs_of_orders(
         rows = [row for user in users for row in asked[user]]
         with torch.inference_mode():
             logits = last_logits_after(model, rows, min(shared[user] for user in users), orders, pad_id)
-            found = logprobs_of(label_ids, logits, np.repeat(users, orders))
+            found = logprobs_of(label_ids, logits, [user * orders + order for user in users for order in range(orders)])
         scores[users] = found.reshape(len(users), orders, len(label_ids))
     return scores

@@ -14,6 +14,7 @@ import torch
 
 from llmrec.errors import UserError
 from llmrec.rankers.completions import Strategy, choose, completion_logps, lay_out
+from llmrec.rankers.letters import NotFinite
 
 KEPT = 1024
 """Positions whose logits exist at the same time, where several prompts are scored at once: 200 MB with a vocabulary of 49,152."""
@@ -41,7 +42,7 @@ def title_logprobs(
 
     Raises:
         UserError: a prompt or a candidate has no tokens; the message names it.
-        FloatingPointError: a log-probability is not finite; the message names the prompt.
+        NotFinite: a log-probability is not finite; the error names the prompt.
     """
     _check(rows, candidates)
     found = [np.empty(len(of_prompt), dtype=np.float32) for of_prompt in candidates]
@@ -56,7 +57,7 @@ def title_logprobs(
             means = (sums / moved["completion_lengths"]).cpu().numpy()
         for (at, which), of_part in zip(parts, np.split(means, np.cumsum([len(of_part) for of_part in own])[:-1]), strict=True):
             if not np.isfinite(of_part).all():
-                raise FloatingPointError(f"prompt {at} has a log-probability that is not finite; try base.dtype float32")
+                raise NotFinite(at)
             found[at][which] = of_part
     return found
 

@@ -135,6 +135,9 @@ def score(run: Run, systems: list[str], asked: dict[str, Questions], writer: Pro
         asked: the questions, by split.
         writer: of their prompts.
         rated: rows of the validation questions that SFT is asked, too, to learn what ORPO changed: the fusion weight needs ORPO's alone.
+
+    Raises:
+        UserError: a score is not finite; the message names system and user.
     """
     from llmrec.rankers.backbone import compile_layers
 
@@ -145,7 +148,7 @@ def score(run: Run, systems: list[str], asked: dict[str, Questions], writer: Pro
         for split, questions in asked.items():
             if (system, split) == ("sft", "valid") and not len(rated):
                 continue
-            ask = _asking(model, writer, questions, run.config.evaluation.batch)
+            ask = _naming_who(run, system, questions, _asking(model, writer, questions, run.config.evaluation.batch))
             put = np.ones(len(questions.rows), dtype=bool)
             if (system, split) == ("sft", "valid"):
                 put = np.isin(np.arange(len(put)), rated)
@@ -183,6 +186,26 @@ def _asking(model: Any, writer: PromptWriter | QueryWriter, questions: Questions
         return found
 
     return ask
+
+
+def _naming_who(run: Run, system: str, questions: Questions, ask: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """`ask`, with a score that is not finite as an error that a user can mend: said at once, not after all users were asked."""
+    from llmrec.rankers.letters import NotFinite
+
+    orders = questions.order.shape[1]
+
+    def named(places: np.ndarray) -> np.ndarray:
+        try:
+            return ask(places)
+        except NotFinite as found:
+            user = questions.users[places[found.prompt // orders]]
+            raw = pl.read_parquet(run.input("prepare") / "users.parquet").filter(pl.col("user") == user)["raw_id"].item()
+            raise UserError(
+                f"{system} gives user {raw} ({questions.split}) a score that is not finite, so there is no order: set base.dtype float32, "
+                f"or train it again with a lower {system}.learning_rate (its losses: {run.input(system) / 'train_log.jsonl'})"
+            ) from found
+
+    return named
 
 
 def _in_blocks(ask: Callable[[np.ndarray], np.ndarray], rows: list[list[list[int]]], checkpoints: Path, name: str) -> np.ndarray:

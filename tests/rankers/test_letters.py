@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec.rankers.letters import batches_of_letter_logprobs, letter_logprobs
+from llmrec.rankers.letters import NotFinite, batches_of_letter_logprobs, letter_logprobs
 
 LABELS = [11, 12, 13, 14]
 
@@ -51,7 +51,7 @@ def test_batches_come_longest_first_and_cover_every_row(tiny):
 def test_a_number_that_is_not_finite_names_its_row(tiny):
     model = tiny("llama")
     model.get_input_embeddings().weight.data[77] = float("nan")
-    with pytest.raises(FloatingPointError, match="prompt 1 "):
+    with pytest.raises(NotFinite, match="prompt 1 "):
         letter_logprobs(model, [[1, 2, 3], [5, 77], [8, 9]], LABELS)
 
 

@@ -9,17 +9,17 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from llmrec.config import Base, Config, Evaluation, Lora, Prompting, Retrieval
 from llmrec.data.sequences import TEST, TRAIN, VALID, Sequences
 from llmrec.errors import UserError
 from llmrec.prompting import PromptWriter
 from llmrec.rankers.backbone import float_head, load_base, load_tokenizer, save_adapter, with_lora
-from llmrec.rankers.letters import letter_logprobs
+from llmrec.rankers.letters import NotFinite, letter_logprobs
 from llmrec.rankers.orders import letter_logprobs_of_orders, shared_tokens
 from llmrec.runs import Run
-from llmrec.stages import STAGES, run_folder
+from llmrec.stages import STAGES, run_folder, scoring
 from llmrec.stages.scoring import Questions, questions_of, score
 from llmrec.templates import load_template
 
@@ -136,11 +136,12 @@ def test_no_users(tiny):
     assert letter_logprobs_of_orders(tiny("llama"), [], LABELS).shape == (0, 1, 4)
 
 
-def test_a_number_that_is_not_finite_names_its_user(tiny):
-    model, asked = tiny("llama"), users([8, 9])
+@pytest.mark.parametrize("shared", [[8, 9], [0, 0]])
+def test_a_number_that_is_not_finite_names_its_prompt_among_all(shared, tiny):
+    model, asked = tiny("llama"), users(shared)
     model.get_input_embeddings().weight.data[29] = float("nan")
     asked[1][2][-1] = 29
-    with pytest.raises(FloatingPointError, match="prompt 1 "):
+    with pytest.raises(NotFinite, match="prompt 5 "):  # the third of the second user
         letter_logprobs_of_orders(model, asked, LABELS)
 
 
@@ -208,6 +209,23 @@ def test_the_stage_scores_each_item_by_its_mean_over_the_orders(orders, ranked, 
                 by_item[item].append(float(logprobs[label]))
         np.testing.assert_allclose(found[user, : len(items)], [np.mean(by_item[item]) for item in items], atol=1e-5)
         assert (found[user, len(items) :] == -np.inf).all()
+
+
+@pytest.mark.parametrize("orders", [1, 3])
+def test_a_score_that_is_not_finite_names_system_and_user(orders, ranked, tmp_path, saved_llama, monkeypatch):
+    """Of the users whose target was retrieved only the third has item 9; with blocks of one user he is the first of his own."""
+    config, sequences, writer, _ = ranked
+    config = replace(config, evaluation=Evaluation(orders=orders, ask="retrieved"))
+    writer = PromptWriter(writer.tokenizer, writer.template, config.prompt, [*TITLES[:9], "film Q"])
+    base = AutoModelForCausalLM.from_pretrained(saved_llama)
+    base.get_input_embeddings().weight.data[writer.tokenizer.encode("Q")] = float("nan")
+    base.save_pretrained(saved_llama)
+    prepared = run_folder("prepare", config)
+    prepared.mkdir(parents=True)
+    pl.DataFrame({"user": range(4), "raw_id": list("abcd")}).write_parquet(prepared / "users.parquet")
+    monkeypatch.setattr(scoring, "BLOCK", 1)
+    with pytest.raises(UserError, match=r"^orpo gives user c \(test\) a score .* orpo\.learning_rate .*train_log\.jsonl"):
+        scores_of(config, tmp_path, sequences, writer)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from transformers import MambaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from llmrec.errors import UserError
+from llmrec.rankers.letters import NotFinite
 from llmrec.rankers.titles import KEPT, title_logprobs
 from llmrec.ssm import accelerate
 
@@ -105,5 +106,5 @@ def test_nothing_to_score(tiny):
 def test_a_number_that_is_not_finite_names_its_prompt(tiny):
     model = tiny("llama")
     model.get_input_embeddings().weight.data[82] = float("nan")
-    with pytest.raises(FloatingPointError, match="prompt 3 "):
+    with pytest.raises(NotFinite, match="prompt 3 "):
         title_logprobs(model, PROMPTS, CANDIDATES)
