@@ -67,9 +67,9 @@ def tuned(config: Config, writer: PromptWriter, rows: list[dict[str, str]], held
     model = with_lora(load_base(inputs.base_folder(config), config.base), config.lora, config.seed)
     if config.base.compile:
         compile_layers(model, training=True)
-    labels = dict(zip(writer.answers, writer.labels, strict=True))
+    letters = {answer: [label] for answer, label in zip(writer.answers, writer.labels, strict=True)}
     with tempfile.TemporaryDirectory() as folder:
-        result = train_sft(model, rows, config.sft, folder, encode=writer.encode, label_ids=labels, seed=config.seed)
+        result = train_sft(model, rows, config.sft, folder, encode=writer.encode, answers=letters, seed=config.seed)
     prompts = [writer.encode(row["prompt"]) for row in held_out]
     scores = letter_logprobs(model, prompts, writer.labels, batch=config.evaluation.batch)
     losses = [row["loss"] for row in result.log]
@@ -117,6 +117,8 @@ def main() -> None:
     config = settings_of(options.pairs, *others)
     config = replace(config, sft=replace(config.sft, eval_steps=None))
     writer = prompt_writer(config, load_titles(options.pairs.parent.parent / "prepare"))
+    if not isinstance(writer, PromptWriter):
+        parser.error(f"{options.pairs} asks for titles: these tasks are about letters")
     table = pl.read_parquet(options.pairs / "sft.parquet")
     if len(table) < options.rows + options.held_out:
         parser.error(f"{options.pairs} has {len(table)} rows, fewer than {options.rows} to train on and {options.held_out} held out")
