@@ -128,7 +128,7 @@ def accuracies(arms: dict[str, Path], config: Config, limit: int) -> dict[str, A
     folders = {"sft": stage_folder(next(iter(arms.values())), "sft")} | {name: stage_folder(arm, "orpo") for name, arm in arms.items()}
     found = {}
     for name, folder in folders.items():
-        model = load_adapter(base, folder)
+        model = load_adapter(base, folder, float32=False)
         scores = letter_logprobs(model, rows, writer.labels, batch=config.evaluation.batch)
         right = np.take_along_axis(scores, chosen[:, None], 1) > np.take_along_axis(scores, rejected[:, None], 1)
         found[name] = {"accuracy": round(float(right.mean()), 3), "standard_error": round(float(right.std() / len(right) ** 0.5), 3)}

@@ -379,9 +379,14 @@ def scoring(options: argparse.Namespace, model: Model, prompts: Prompts) -> dict
     for name, weight in scorer.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(std=0.01)  # an adapter that does something
-    alone = copy.deepcopy(scorer)  # `generate` and several orders stay as they are
+    alone = copy.deepcopy(scorer)  # `generate` has the adapter in float32, as peft loads it
+    for name, weight in alone.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.to(scorer.dtype)
+    together = copy.deepcopy(alone)
     if options.compile:
         compile_layers(alone, training=False)
+        compile_layers(together, training=False, states=True)
     one = [user[0] for user in prompts.rows[: options.users]]
     several = prompts.rows[: max(1, options.users // ORDERS)]
     flat = [row for user in several for row in user]
@@ -390,8 +395,8 @@ def scoring(options: argparse.Namespace, model: Model, prompts: Prompts) -> dict
         "generate": partial(generated, scorer, one, prompts.labels),
         "ours": partial(letter_logprobs, alone, one, prompts.labels, batch=options.scoring_batch),
         "generate_5_orders": partial(generated, scorer, flat, prompts.labels),
-        "plain_5_orders": partial(letter_logprobs, scorer, flat, prompts.labels, batch=options.scoring_batch),
-        "ours_5_orders": partial(letter_logprobs_of_orders, scorer, several, prompts.labels, batch=options.scoring_batch),
+        "plain_5_orders": partial(letter_logprobs, alone, flat, prompts.labels, batch=options.scoring_batch),
+        "ours_5_orders": partial(letter_logprobs_of_orders, together, several, prompts.labels, batch=options.scoring_batch),
     }
     answers = {name: np.asarray(side()) for name, side in sides.items()}
     rows = {name: len(flat if "5" in name else one) for name in sides}
@@ -429,7 +434,7 @@ def main() -> None:
     parser.add_argument("--scoring_batch", type=int, default=32, help="scoring: prompts in a forward pass of ours")
     parser.add_argument("--rounds", type=int, default=5, help="steps or runs that count, after one that does not")
     parser.add_argument("--peak_tflops", type=float, help="train --shape: what the GPU can do in bfloat16, for the utilisation")
-    parser.add_argument("--compile", action="store_true", help="our layers compiled, as by base.compile; in scoring for one order")
+    parser.add_argument("--compile", action="store_true", help="our layers compiled, as by base.compile")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     chosen = options.sections or list(sections)

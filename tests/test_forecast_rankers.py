@@ -105,6 +105,11 @@ def in_a_fork(*arguments) -> int:
     return int(os.read(read, 100))
 
 
+def measured_peak(*arguments) -> int:
+    """The smaller of two measurements of little memory: whatever disturbs a peak raises it."""
+    return min(in_a_fork(*arguments) for _ in range(2))
+
+
 def forecast_of(config, stage: str, base: Base, tuning: Tuning, rows: int = ROWS) -> float:
     if stage == "evaluate":
         return sum(scoring_footprint(config, base, rows=rows, tokens=TOKENS).held().values())
@@ -154,7 +159,6 @@ def test_training_memory_is_within_15_percent(case, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
 def test_accelerated_layers_need_no_more_than_the_forecast(tmp_path):
     config, stage, base, tuning = CASES["mamba2"]
@@ -175,7 +179,7 @@ def test_compiled_layers_need_no_more_than_the_forecast(tmp_path):
 def test_scoring_memory_is_within_15_percent(tmp_path):
     base, rows = Base(dtype="float32"), 32
     AutoModelForCausalLM.from_config(LLAMA).save_pretrained(tmp_path)
-    measured = in_a_fork("evaluate", base, Tuning(), str(tmp_path), rows)
+    measured = measured_peak("evaluate", base, Tuning(), str(tmp_path), rows)
     assert forecast_of(LLAMA, "evaluate", base, Tuning(), rows) == pytest.approx(measured, rel=0.15)
 
 
@@ -185,7 +189,7 @@ def test_scoring_memory_is_within_15_percent(tmp_path):
 def test_memory_of_titles_and_queries_is_within_15_percent(config, stage, tmp_path):
     base = Base(dtype="float32")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    measured = in_a_fork(stage, base, Tuning(), str(tmp_path), ROWS)
+    measured = measured_peak(stage, base, Tuning(), str(tmp_path), ROWS)
     assert forecast_of(config, stage, base, Tuning()) == pytest.approx(measured, rel=0.15)
 
 

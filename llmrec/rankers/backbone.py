@@ -235,10 +235,11 @@ def load_tuned(folder: str | Path, base: Base, tuned: str | Path, to_train: bool
         folder: of the base model.
         base: its dtype, quantisation and attention.
         tuned: what `save_tuned_model` wrote.
-        to_train: to go on training it (ORPO after SFT).
+        to_train: to go on training it (ORPO after SFT), with the adapter in float32; otherwise it is in the dtype of the base, which is
+            faster.
     """
     if (Path(tuned) / "adapter_config.json").exists():
-        return load_adapter(load_base(folder, base), tuned, to_train)
+        return load_adapter(load_base(folder, base), tuned, to_train, float32=to_train)
     model = load_base(tuned, replace(base, dtype="float32") if to_train else base)
     return model.requires_grad_(to_train)
 
@@ -278,15 +279,23 @@ def with_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         raise UserError(f"lora.targets {targets}: {error}; choose among {', '.join(linear)}") from error
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
-    """`model` with the saved adapter of `folder` on it; `trainable` to go on training it (ORPO after SFT)."""
-    tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = False, *, float32: bool = True) -> PeftModel:
+    """`model` with the saved adapter of `folder` on it.
+
+    Args:
+        model: the base.
+        folder: of the adapter.
+        trainable: to go on training it (ORPO after SFT).
+        float32: the adapter in float32, as it was trained and is merged; otherwise in the dtype of `model`, which spares scoring the
+            way from one to the other and back.
+    """
+    tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, autocast_adapter_dtype=float32)
     # in place of the public id, which peft would look up in the hub at every checkpoint
     tuned.peft_config["default"].base_model_name_or_path = model.name_or_path
     return tuned
 
 
-def compile_layers(model: TunedModel, *, training: bool) -> None:
+def compile_layers(model: TunedModel, *, training: bool, states: bool = False) -> None:
     """Let torch.compile make one fast forward and backward pass for all layers, whatever the lengths; in place.
 
     In training on a CPU attention is computed as it is written in transformers: compiled, that is faster than the ready-made kernel
@@ -295,6 +304,8 @@ def compile_layers(model: TunedModel, *, training: bool) -> None:
     Args:
         model: a base with its adapter, or tuned whole.
         training: what comes next.
+        states: a pass goes on from the states of an earlier one. With a cache the attention of each layer is code of its own for the
+            compiler, so the parts around it are compiled.
 
     Raises:
         UserError: a state-space model, or no compiler.
@@ -309,7 +320,9 @@ def compile_layers(model: TunedModel, *, training: bool) -> None:
             base.set_attn_implementation("eager")
     for module in base.modules():
         if isinstance(module, GradientCheckpointingLayer):  # transformers' name for a layer of the stack
-            module.compile(dynamic=True)
+            around_attention = [part for name, part in module.named_children() if "attn" not in name]
+            for part in around_attention if states else [module]:
+                part.compile(dynamic=True)
 
 
 def save_tuned_model(model: TunedModel, folder: str | Path, base: Base) -> None:

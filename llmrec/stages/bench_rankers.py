@@ -48,9 +48,8 @@ def time_ranker(name: str, folder: Path, own: Config, sequences: Sequences, benc
 
     model = load_tuned(inputs.base_folder(own), own.base, folder)
     writer = prompt_writer(own, load_titles(run_folder("prepare", own)))
-    keeps_states = own.evaluation.orders > 1 or isinstance(writer, QueryWriter)  # evaluate does not compile for these either
-    if own.base.compile and not keeps_states:
-        compile_layers(model, training=False)
+    if own.base.compile and not isinstance(writer, QueryWriter):  # evaluate does not compile for queries either
+        compile_layers(model, training=False, states=own.evaluation.orders > 1)
     users, write = _prompts(own, sequences, writer, bench, seed)
     ask = partial(_queries, model, writer, own, write) if isinstance(writer, QueryWriter) else partial(_letters, model, writer, write)
     ways = [Way("one", ask, one_by_one(len(users)), users), Way("batch", ask, in_batches(len(users), bench.ranker_batch), users)]

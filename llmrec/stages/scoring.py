@@ -143,8 +143,8 @@ def score(run: Run, systems: list[str], asked: dict[str, Questions], writer: Pro
 
     answers = Answers()
     for system, model in tuned_models(run, systems):
-        if run.config.base.compile and run.config.evaluation.orders == 1:  # states that are shared would be compiled in layer by layer
-            compile_layers(model, training=False)
+        if run.config.base.compile:
+            compile_layers(model, training=False, states=run.config.evaluation.orders > 1)
         for split, questions in asked.items():
             if (system, split) == ("sft", "valid") and not len(rated):
                 continue

@@ -62,6 +62,20 @@ def test_a_continued_adapter_is_the_saved_one_and_trains(tiny, tmp_path):
     }
 
 
+def test_an_adapter_is_trained_in_float32_and_scores_in_the_dtype_of_its_base(saved_llama, tmp_path):
+    base = Base(dtype="bfloat16")
+    save_adapter(trained(with_lora(load_base(saved_llama, base), Lora(), seed=0)), tmp_path, base)
+
+    def adapter(model):
+        return {weight.dtype for name, weight in model.named_parameters() if "lora_" in name}
+
+    scoring, training = load_tuned(saved_llama, base, tmp_path), load_tuned(saved_llama, base, tmp_path, to_train=True).eval()
+    assert (adapter(scoring), adapter(training)) == ({torch.bfloat16}, {torch.float32})
+    logprobs = [model(ROW).logits.log_softmax(-1) for model in (scoring, training)]
+    assert_close(*logprobs, atol=0.05, rtol=0)
+    assert (logprobs[1] - load_base(saved_llama, base)(ROW).logits.log_softmax(-1)).abs().max() > 0.1
+
+
 def test_checkpoints_of_a_continued_adapter_ask_no_hub(saved_llama, tmp_path, monkeypatch):
     """What peft writes on the way names the base that lies here; what is kept in the end names the public one."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # or peft would not try

@@ -15,7 +15,7 @@ from llmrec.config import Base, Config, Evaluation, Lora, Prompting, Retrieval
 from llmrec.data.sequences import TEST, TRAIN, VALID, Sequences
 from llmrec.errors import UserError
 from llmrec.prompting import PromptWriter
-from llmrec.rankers.backbone import float_head, load_base, load_tokenizer, save_adapter, with_lora
+from llmrec.rankers.backbone import compile_layers, float_head, load_base, load_tokenizer, save_adapter, with_lora
 from llmrec.rankers.letters import NotFinite, letter_logprobs
 from llmrec.rankers.orders import letter_logprobs_of_orders, shared_tokens
 from llmrec.runs import Run
@@ -125,6 +125,19 @@ def test_one_order_is_the_plain_path_bit_by_bit(tiny):
     rows = [[user[0]] for user in users([20, 5, 12])]
     found = letter_logprobs_of_orders(tiny("llama"), rows, LABELS, batch=2)
     np.testing.assert_array_equal(found[:, 0], letter_logprobs(tiny("llama"), [row for [row] in rows], LABELS, batch=2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_compiled_parts_go_on_from_states_as_plain_ones(family, tiny):
+    asked = users([20, 33, 12, 8])
+    expected = letter_logprobs_of_orders(tiny(family), asked, LABELS, batch=6)
+    model = tiny(family)
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):  # the same code for all layers
+        compile_layers(model, training=False, states=True)
+        found = letter_logprobs_of_orders(model, asked, LABELS, batch=6)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_nothing_in_common(tiny):
