@@ -5,8 +5,10 @@
     python benchmarks/arms.py ... --plot docs/orpo.png      # and ORPO's course by epoch
 
 An arm goes by the last part of its folder's name. Each has NDCG@10 over all users and over those whose target was retrieved, of the
-language model alone and fused; differences are paired bootstraps over users. Held out are rating pairs of users without a row in
-sft.parquet or preferences.parquet of any arm; accuracy is the share of pairs whose higher rated film has the more probable letter.
+language model alone and fused; differences are paired bootstraps over users. `letters_evened` is the language model's on the latter when
+each letter's mean log-probability over the validation users is taken off, so that it does not matter which letters it likes.
+Held out are rating pairs of users without a row in sft.parquet or preferences.parquet of any arm; accuracy is the share of pairs
+whose higher rated film has the more probable letter.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from measure import report, same_settings
 
 from llmrec.cli import read_settings
 from llmrec.config import Config
-from llmrec.data.tables import load_sequences, load_titles
-from llmrec.evaluation.metrics import per_user
+from llmrec.data.tables import load_sequences, load_titles, padded
+from llmrec.evaluation.metrics import per_user, tie_range
 from llmrec.evaluation.significance import paired_bootstrap
 from llmrec.preferences import preference_rows
+from llmrec.prompting import shuffled
 from llmrec.rankers.backbone import load_adapter, load_base
 from llmrec.rankers.letters import letter_logprobs
 from llmrec.retrievers.candidates import rows_per_batch, top_items
@@ -75,10 +78,29 @@ def compared(arms: dict[str, Path], control: str) -> dict[str, Any]:
         found[name] = {
             "overall": {system: round(float(value.mean()), 4) for system, value in values.items()},
             "hit_subset": {system: round(float(value[hit].mean()), 4) for system, value in values.items()},
+            "letters_evened": round(letters_evened(arms[name]), 4),
             "fusion_weight": json.loads((arms[name] / "metrics.json").read_text())["fusion"]["weight"],
             "differences": {label: shown(*sides) for label, sides in differences.items()},
         }
     return {"users": len(users), "hit": int(hit.sum()), "arms": found}
+
+
+def letters_evened(arm: Path) -> float:
+    """NDCG@10 of the language model on the hit subset of the test users without its liking of letters, as validation users show it.
+
+    For users asked in one order, shuffled by seed and user (`llmrec.stages.scoring.questions_of`).
+    """
+    seed = json.loads((arm / "stage.json").read_text())["seed"]
+    rankings = pl.read_parquet(arm / "rankings.parquet").filter(pl.col("items").list.contains(pl.col("target")))
+    items, targets = padded(rankings["items"].to_list()), rankings["target"].to_numpy()
+    scores = padded(rankings["ranker_scores"].to_list(), np.nan, dtype=np.float32)
+    letters = np.full(items.shape, items.shape[1] - 1)  # of each candidate the letter that it was shown with
+    for row, user, count in zip(letters, rankings["user"], rankings["items"].list.len(), strict=True):
+        row[shuffled(range(count), seed, user)] = range(count)
+    valid = rankings["split"].to_numpy() == "valid"
+    liked = np.array([np.nanmean(scores[valid][letters[valid] == letter]) for letter in range(items.shape[1])])
+    _, rank = tie_range(scores[~valid] - liked[letters[~valid]], items[~valid], targets[~valid])
+    return float(per_user(rank)[METRIC].mean())
 
 
 def shown(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
