@@ -162,15 +162,16 @@ def plot(arms: dict[str, Path], file: Path) -> None:
     """Course of the training by epoch, as figures 1 and 2 of arXiv 2408.05606."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3), constrained_layout=True)
-    for name, arm in arms.items():
+    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.3), constrained_layout=True)
+    for number, (name, arm) in enumerate(arms.items()):
         log = [json.loads(line) for line in (stage_folder(arm, "orpo") / "train_log.jsonl").open()]
         for axis, (key, label) in zip(axes, CURVES.items(), strict=True):
-            values = running_mean([row[key] for row in log if key in row])
-            epochs = [row["epoch"] for row in log if key in row]
-            axis.plot(epochs[len(epochs) - len(values) :], values, label=name)
             axis.set(xlabel="epoch", title=label)
-    axes[0].legend(fontsize="small")
+            logged = [row for row in log if key in row]
+            if logged:  # softmax has no odds
+                values = running_mean([row[key] for row in logged])
+                axis.plot([row["epoch"] for row in logged[len(logged) - len(values) :]], values, color=f"C{number}", label=name)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=len(arms))
     figure.savefig(file, dpi=110)
 
 
