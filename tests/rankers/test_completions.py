@@ -108,7 +108,7 @@ def test_values_and_gradients_equal_one_row_per_completion(kind, attention, stra
         assert_close(nll, oracle[1], atol=1e-4, rtol=1e-5)
         for values, wanted in zip((logps, nll), expected, strict=True):
             for mine, theirs in zip(gradients(model, values), wanted, strict=True):
-                assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+                assert_close(mine, theirs, atol=3e-5, rtol=1e-4)  # float32 sums, in an order that depends on the processor
 
 
 def test_a_head_that_learns_gets_its_own_gradients(tiny):
