@@ -134,7 +134,7 @@ def test_compiled_parts_go_on_from_states_as_plain_ones(family, tiny):
     asked = users([20, 33, 12, 8])
     expected = letter_logprobs_of_orders(tiny(family), asked, LABELS, batch=6)
     model = tiny(family)
-    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):  # the same code for all layers
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         compile_layers(model, training=False, states=True)
         found = letter_logprobs_of_orders(model, asked, LABELS, batch=6)
     np.testing.assert_allclose(found, expected, atol=1e-5)
