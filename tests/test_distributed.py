@@ -95,7 +95,7 @@ def test_two_processes_log_the_numbers_of_one(both, name):
     assert len(expected) >= 2
     for log in found:
         for row, alone in zip(log, expected, strict=True):
-            assert row == pytest.approx(alone, abs=1e-5)
+            assert row == pytest.approx(alone, abs=1e-5, rel=1e-5)
 
 
 def test_the_log_has_what_is_expected_of_it(both):

@@ -66,8 +66,8 @@ def padding(side, length=13, batch=3):
 
 
 def assert_same(ours, theirs):
-    """To 1e-5 of the largest entry."""
-    assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-5)
+    """To 3e-5 of the largest entry: in what order float32 sums are taken, and so their last digits, is up to the processor."""
+    assert_close(ours, theirs, atol=3e-5 * theirs.abs().max().item(), rtol=1e-5)
 
 
 def assert_same_gradients(ours, theirs):
