@@ -59,7 +59,7 @@ doctor: setup    ## versions, devices, what is missing
 	@$(BIN)/llmrec doctor
 
 test: setup      ## the tests, without the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-slow: setup ## the slow ones
 	$(BIN)/python -m pytest -m slow

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Mamba2Config,
@@ -42,6 +44,8 @@ def adapted(family: str = "llama") -> nn.Module:
     sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
     if family == "llama":
         base = LlamaForCausalLM(LlamaConfig(intermediate_size=64, num_attention_heads=4, max_position_embeddings=64, **sizes))
+    elif family == "gpt2":
+        base = GPT2LMHeadModel(GPT2Config(n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **sizes))
     else:
         base = Mamba2ForCausalLM(Mamba2Config(num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8, **sizes))
     base.get_output_embeddings().weight.data.normal_(std=0.3)
@@ -81,9 +85,9 @@ def arguments(folder: Path) -> dict:
     }
 
 
-def tuned(kind: str, folder: Path, **limits: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
+def tuned(kind: str, folder: Path, family: str = "llama", nll_on: str = "sequence", **limits: int) -> tuple[dict, list[dict]]:
     """The adapter after three steps, and the log."""
-    model = adapted("mamba2" if kind == "mamba2" else "llama")
+    model = adapted(family)
     if kind == "sft":
         rows = [
             {"row": n, "prompt_ids": ids, "completion_ids": [LETTERS[n % 4]], "length": len(ids), "copies": 1}
@@ -102,7 +106,7 @@ def tuned(kind: str, folder: Path, **limits: int) -> tuple[dict[str, torch.Tenso
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<end>", pad_token="<end>")
         data = Dataset.from_list(pairs)
         trainer = SharedPromptORPOTrainer(
-            model, settings, train_dataset=data, eval_dataset=data, processing_class=tokenizer, nll_on="sequence", **limits
+            model, settings, train_dataset=data, eval_dataset=data, processing_class=tokenizer, nll_on=nll_on, **limits
         )
     items = np.tile(np.arange(1, 5), (5, 1))
     questions = ValidationPrompts(prompts()[:5], items, np.array([1, 2, 3, 4, 1]), LETTERS, batch=2)
@@ -159,7 +163,8 @@ def work(folder: Path) -> None:
         "orpo": tuned("orpo", folder / "orpo"),
         "budget": tuned("orpo", folder / "budget", max_tokens_per_batch=40),
         "titles": tuned("titles", folder / "titles", max_tokens_per_batch=60),
-        "mamba2": tuned("mamba2", folder / "mamba2"),
+        "mamba2": tuned("titles", folder / "mamba2", family="mamba2"),
+        "gpt2": tuned("titles", folder / "gpt2", family="gpt2", nll_on="completion"),
         "softmax": retrieved(folder / "softmax"),
         "sampled": retrieved(folder / "sampled", loss="sampled_softmax", negatives=7, windows="last"),
     }.items():

@@ -77,7 +77,7 @@ def test_there_are_two(both):
     assert [(facts["rank"], facts["world"]) for facts, _, _ in both] == [(0, 1), (0, 2), (1, 2)]
 
 
-@pytest.mark.parametrize("name", ["sft", "orpo", "budget", "titles", "mamba2", "softmax", "sampled"])
+@pytest.mark.parametrize("name", ["sft", "orpo", "budget", "titles", "mamba2", "gpt2", "softmax", "sampled"])
 def test_two_processes_end_with_the_weights_of_one(both, name):
     expected, *found = ({key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")} for _, tensors, _ in both)
     assert expected
@@ -89,7 +89,7 @@ def comparable(log):
     return [{name: value for name, value in row.items() if name not in MEASURED} for row in log]
 
 
-@pytest.mark.parametrize("name", ["sft", "orpo", "budget", "titles", "mamba2", "softmax", "sampled"])
+@pytest.mark.parametrize("name", ["sft", "orpo", "budget", "titles", "mamba2", "gpt2", "softmax", "sampled"])
 def test_two_processes_log_the_numbers_of_one(both, name):
     expected, *found = (comparable(facts["logs"][name]) for facts, _, _ in both)
     assert len(expected) >= 2
@@ -191,6 +191,8 @@ def test_the_launcher_is_found_by_name():
         execution.launcher("fsdp", 8)
     with pytest.raises(UserError, match="--processes needs --accelerate"):
         execution.launcher(None, 8)
+    with pytest.raises(UserError, match=r"multinode.yaml is for several machines, .* in its header"):
+        execution.launcher("multinode", None)
 
 
 @pytest.mark.parametrize(
@@ -289,15 +291,16 @@ def test_evaluation_by_two_processes_writes_the_same_rankings(alone, shop, tiny_
 
 @pytest.mark.slow
 def test_two_machines(alone, shop, tiny_llama):
-    """The two commands in multinode.yaml's header, one process each."""
-    expected = load_file(alone / "sft" / NAME / "adapter_model.safetensors")
+    """The two commands in multinode.yaml's header, with one process on each."""
+    expected = load_file(alone / "orpo" / NAME / "adapter_model.safetensors")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     machines = [
         subprocess.Popen(
             [*LAUNCH, "--config_file", recipe("multinode"), "--main_process_ip", "127.0.0.1", "--machine_rank", str(number),
-             "--num_processes", "2", "--main_process_port", port, "-m", "llmrec", "sft", "--force", *settings("sft", "alone", tiny_llama)],
+             "--num_processes", "2", "--main_process_port", port,
+             "-m", "llmrec", "orpo", "--force", *settings("orpo", "alone", tiny_llama)],
             cwd=shop, env=environment(LLMREC_HOME=str(shop / "cache")), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for number in range(2)
@@ -306,7 +309,7 @@ def test_two_machines(alone, shop, tiny_llama):
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert json.loads(outputs[0][0])["status"] == "made"
     assert outputs[1][0] == ""
-    found = load_file(alone / "sft" / NAME / "adapter_model.safetensors")
+    found = load_file(alone / "orpo" / NAME / "adapter_model.safetensors")
     for name, weight in expected.items():
         assert_close(found[name], weight, atol=2e-3, rtol=1e-2)
 

@@ -166,6 +166,7 @@ def test_accelerated_layers_need_no_more_than_the_forecast(tmp_path):
     assert in_a_fork(stage, base, tuning, str(tmp_path), ROWS) < 1.15 * forecast_of(config, stage, base, tuning)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
 def test_compiled_layers_need_no_more_than_the_forecast(tmp_path):
     """And not much less: the compiler also saves on what the forecast counts."""

@@ -40,7 +40,7 @@ def choose(model: nn.Module, gradient_checkpointing: bool, split: bool = False) 
 
     Args:
         model: a causal language model of transformers, with or without adapter.
-        gradient_checkpointing: whether it trains with recomputed activations.
+        gradient_checkpointing: whether it trains with recomputed activations, by the trainer's settings or by its own.
         split: whether its weights are split over processes (FSDP, ZeRO-3), which have to call it equally often.
     """
     config: Any = model.config

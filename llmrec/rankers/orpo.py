@@ -35,6 +35,7 @@ from llmrec.runs import say
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # pyproject.toml pins the version instead
 
+from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 
@@ -44,7 +45,9 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
     Takes what TRL's takes: a data set with the columns prompt, chosen and rejected (text, or conversations that the chat
     template ends the same way), or token ids made elsewhere in prompt_ids, chosen_ids and rejected_ids, of any length.
     Differences from TRL: no end of text after the completion unless asked for, LoRA's dropout stays on (`disable_dropout` in
-    the config is for the base's), a row that is too long is refused, no `logits/*` metrics and so no `compute_metrics`.
+    the config is for the base's), a row that is too long is refused, no `logits/*` metrics and so no `compute_metrics`. The batch size
+    counts prompts, each with all its pairs, where TRL counts pairs. Batches are made here (`WindowTrainer`): `data_collator` is
+    refused, and what the config says of the data loader (workers, dropping the last, grouping by length) has no effect.
 
     The loss of a step is a mean over all its winners, on all processes and in all forward passes, of the winner's mean over its
     losers; the NLL is a mean over the tokens of all winners. `evaluate` gives the same over a data set. Pair-wise (`negatives` 1)
@@ -55,8 +58,8 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         *args: of TRL's constructor.
         nll_on: "completion", or "sequence": prompt and completion, as in TRL.
         loss: "orpo"; "simpo" or "softmax" instead of it, both without NLL (see `preference_losses`).
-        negatives: losers of a winner: 1, the pair's own; k, its own and others of the pool, drawn once by seed and row; "all", the
-            pool, except what wins against it in another pair. More than 1 is for completions of one token.
+        negatives: losers of a winner: 1, the pair's own; k, all its own and, up to k, others of the pool, drawn once by seed and row;
+            "all", the pool, except what wins against it in another pair. More than 1 is for completions of one token.
         label_ids: the tokens of the pool, the same in all rows; otherwise the column pool_ids says it for each.
         gamma: the margin of loss simpo.
         end_of_text: end texts with the tokenizer's end of text, as TRL does. Token ids are taken as they are.
@@ -86,6 +89,10 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         check_settings(loss, nll_on, negatives, self.beta, gamma)
         if self.compute_metrics is not None or self.generate_during_eval:
             raise UserError("compute_metrics and generate_during_eval read logits that are not made here: leave them out")
+        if not self.use_dpo_data_collator:
+            raise UserError("data_collator: batches in which completions share a prompt are laid out here: leave it out")
+        if self.is_encoder_decoder:
+            raise UserError("an encoder-decoder reads its prompt another way: take a causal language model, or TRL's own ORPOTrainer")
         if loss == "simpo" and self.beta < 1:
             say(f"simpo with beta {self.beta:g} hardly looks at how far apart two answers are; its authors take 2")
         if self.aux_loss_enabled:
@@ -97,7 +104,7 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         split = self.is_fsdp_enabled or self.zero3
         if nll_on == "sequence":
             _check_sequence(base.config, split)
-        self.strategy, why = choose(base, bool(self.args.gradient_checkpointing), split)
+        self.strategy, why = choose(base, self.args.gradient_checkpointing or base.is_activation_checkpointing, split)
         self.train_dataset = self._grouped(self.train_dataset)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._grouped(rows) for name, rows in self.eval_dataset.items()}
@@ -126,6 +133,11 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         if self.end_of_text:
             completions = {side: ids if ids[-1:] == [eos] else [*ids, eos] for side, ids in completions.items()}
         return {"prompt_ids": prompt, **completions}
+
+    def _read(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row with its token ids, by the steps that TRL's constructor takes for its data sets."""
+        row = maybe_apply_chat_template(maybe_extract_prompt(dict(row)), self.processing_class)
+        return row | self.tokenize_row(row)
 
     def collate(self, groups: Sequence[Group]) -> dict[str, Any]:
         """A batch of prompts with all their completions and pairs: of `lay_out`, of `comparisons`, and `rows`, the pairs' numbers."""
@@ -192,7 +204,8 @@ class SharedPromptORPOTrainer(WindowTrainer, ORPOTrainer):  # type: ignore[misc]
         rows: Any = own[eval_dataset] if isinstance(eval_dataset, str) else own if eval_dataset is None else eval_dataset
         if rows is None:
             raise UserError("there is nothing to evaluate on: give the trainer an eval_dataset")
-        groups: list[Group] = rows if isinstance(rows, list) else self._grouped([row | self.tokenize_row(row) for row in rows])
+        made = len(rows) and "completions" in rows[0]  # groups already: a data set of the constructor
+        groups: list[Group] = rows if made else self._grouped([self._read(row) for row in rows])
         processes = self.args.world_size
         groups = groups + [weightless(groups[0])] * (-len(groups) % processes)  # as many batches everywhere
         mine: Any = groups[self.args.process_index :: processes]

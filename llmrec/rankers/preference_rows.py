@@ -126,6 +126,7 @@ def _fill(group: Group, pool: list[int], negatives: int | Literal["all"], seed: 
     for winner, losers in zip(group["winners"], group["losers"], strict=True):
         rest = [candidate for candidate in candidates if candidate not in (winner, *losers, *beaten_by[winner])]
         drawn = np.random.default_rng([seed, group["rows"][0], winner]).permutation(rest).tolist()
+        own = len(losers)  # what the data says stays, even where it is more than asked for
         losers += drawn
         if negatives != "all":
-            del losers[negatives:]
+            del losers[max(negatives, own) :]

@@ -17,14 +17,13 @@ import resource
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, set_seed
@@ -33,7 +32,7 @@ from transformers.integrations import get_available_reporting_integrations
 from llmrec import distributed
 from llmrec.config import Tuning
 from llmrec.errors import UserError
-from llmrec.rankers.backbone import TunedModel
+from llmrec.rankers.sharded import unshard
 from llmrec.rankers.steps import Steps, deal
 from llmrec.rankers.training_log import Bar, Log, Sums, add, by_step, means
 from llmrec.rankers.validation import RankingValidation, ValidationPrompts
@@ -82,13 +81,15 @@ class WindowTrainer(Trainer):
         **kwargs: of the next trainer's constructor.
 
     Raises:
-        UserError: of `refuse_mixed_weights`, under ZeRO-3.
+        UserError: of `refuse_mixed_weights`, under ZeRO-3; or the config has auto_find_batch_size.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, max_tokens_per_batch: int | None = None, prompts_per_step: int | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.auto_find_batch_size:
+            raise UserError("auto_find_batch_size: what goes through the model at once is decided here; set max_tokens_per_batch instead")
         self.args = copy.copy(self.args)  # the caller may make another trainer with his
         self.args._n_gpu = min(1, self.args.n_gpu)  # several GPUs are for several processes, not for nn.DataParallel
         self.max_tokens_per_batch = max_tokens_per_batch
@@ -302,39 +303,15 @@ def fit(trainer: WindowTrainer, folder: Path, description: str, tuning: Tuning, 
         validation = RankingValidation(trainer, prompts, folder, tuning.eval_steps, tuning.patience)
         trainer.add_callback(validation)
     set_seed(trainer.args.seed + trainer.args.process_index)  # dropout; a checkpoint's own state takes its place
-    with distributed.main_first():
-        checkpoint = last_complete_checkpoint(folder)
+    # rank 0's answer is everybody's: on other machines a shared disk may show something older
+    checkpoint = distributed.gather(last_complete_checkpoint(folder) if distributed.is_main() else None)[0]
     trainer.train(resume_from_checkpoint=checkpoint)
-    _unshard(trainer)
+    unshard(trainer)
     kept = trainer.state.global_step if validation is None else validation.restore_best()
     log = by_step(trainer.state.log_history)
     seconds, tokens = sum(row["seconds"] for row in log), sum(row["tokens"] for row in log)
     peak = max(int(row["peak_memory_mb"]) for row in log)
     return TrainResult(trainer.state.global_step, seconds, tokens / seconds, peak, log, kept)
-
-
-def _unshard(trainer: WindowTrainer) -> None:
-    """Where FSDP or ZeRO has split the adapter over the processes, put it together on rank 0, which saves it."""
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        return
-    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if distributed.is_main():
-        put_together(trainer.accelerator.unwrap_model(trainer.model), whole)
-
-
-def put_together(model: TunedModel, whole: Mapping[str, Tensor]) -> None:
-    """Give `model` these weights for those that are trained; a head that is the embedding stays the embedding.
-
-    Args:
-        model: with an adapter, or tuned whole; in place.
-        whole: weights by name.
-    """
-    for name, parameter in list(model.named_parameters()):
-        if parameter.requires_grad:
-            module, _, own = name.rpartition(".")
-            setattr(model.get_submodule(module), own, nn.Parameter(whole[name]))
-    if not isinstance(model, PeftModel):
-        model.tie_weights()  # tied weights have one name, so the other one still held the old tensor
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from llmrec import distributed
 from llmrec.evaluation.metrics import rank_of_target, summary
 from llmrec.rankers.letters import letter_logprobs
+from llmrec.rankers.sharded import trained_weights
 
 if TYPE_CHECKING:
     from llmrec.rankers.tuning import WindowTrainer
@@ -105,7 +106,7 @@ class RankingValidation(TrainerCallback):
         return step
 
     def _keep(self, step: int) -> None:
-        state = self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped)
+        state = trained_weights(self.trainer)
         if distributed.is_main():
             names = _trainable(self.trainer.accelerator.unwrap_model(self.trainer.model))
             save_file({name: state[name].detach().cpu().contiguous() for name in names}, self._path(step))

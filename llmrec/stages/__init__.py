@@ -16,7 +16,8 @@ from llmrec.templates import QueryTemplate, load_template
 
 # later ones win: a ranker may say how it must be trained
 RECIPES = {"dataset": "recipes/datasets", "retriever": "recipes/retrievers", "recipe": "recipes/orpo", "ranker": "recipes/rankers"}
-# settings that change no result; keep_states adds a file, which `_retrieve` sees to; scratch and shape see `_base`
+# settings that change no result; keep_states adds a file, which `_retrieve` sees to; scratch and shape see `_base`;
+# max_tokens_per_batch changes which random numbers of the dropout fall on which row, as the number of processes does
 NOT_SEMANTIC = {
     "save_steps",
     "report_to",

@@ -70,13 +70,15 @@ def launcher(accelerate: str | None, processes: int | None) -> list[str]:
         processes: how many, in place of what the file says.
 
     Raises:
-        UserError: there is no such file, or a number without a file.
+        UserError: there is no such file, a number without a file, or a file for several machines.
     """
     if accelerate is None:
         if processes is not None:
             raise UserError("--processes needs --accelerate, e.g. --accelerate ddp (make: ACCELERATE=ddp)")
         return []
     path = resources.find("recipes/accelerate", accelerate)
+    if (resources.read_yaml(path).get("num_machines") or 1) > 1:
+        raise UserError(f"{path} is for several machines, which start one stage each by hand: the commands are in its header")
     count = [] if processes is None else ["--num_processes", str(processes)]
     return ["-m", "accelerate.commands.launch", "--config_file", str(path), *count]
 

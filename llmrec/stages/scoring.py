@@ -243,8 +243,8 @@ def kept_blocks(
     """
     from llmrec.progress import track
 
-    found = {path: read(path) for path in blocks if path.exists()}
-    distributed.barrier()  # nobody writes before all have looked
+    kept = {path: read(path) for path in blocks if path.exists()} if distributed.is_main() else {}
+    found = distributed.gather(kept)[0]  # what rank 0 sees: on other machines a shared disk may show less
     missing = [path for path in blocks if path not in found]
     rounds = [missing[at : at + distributed.world_size()] for at in range(0, len(missing), distributed.world_size())]
     for paths in track(rounds, description):

@@ -353,6 +353,19 @@ def test_other_rows_are_evaluated_as_the_data_sets_of_the_constructor(tiny, toke
     assert trainer.predict(rows).metrics["test_loss"] == expected
 
 
+def test_conversations_are_evaluated_as_texts_that_the_chat_template_makes(tiny, tokenizer, tmp_path):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    said = [{"prompt": "[3] [4]", "chosen": "[21]", "rejected": "[22] [23]"}, {"prompt": "[5]", "chosen": "[22]", "rejected": "[21]"}]
+    spoken = [
+        {side: [{"role": "user" if side == "prompt" else "assistant", "content": text}] for side, text in row.items()} for row in said
+    ]
+    trainer = trainer_of(adapted(tiny, "llama"), said, chat, settings(tmp_path, 6, 1), eval_dataset=Dataset.from_list(spoken))
+    expected = trainer.evaluate()["eval_loss"]
+    for rows in (said, spoken, Dataset.from_list(spoken)):
+        assert trainer.evaluate(rows)["eval_loss"] == expected
+
+
 def test_nothing_to_evaluate_on(tiny, tokenizer, tmp_path):
     trainer = trainer_of(adapted(tiny, "llama"), pairs(), tokenizer, settings(tmp_path, 6, 1))
     with pytest.raises(UserError, match="give the trainer an eval_dataset"):
@@ -362,6 +375,23 @@ def test_nothing_to_evaluate_on(tiny, tokenizer, tmp_path):
 def test_metrics_of_logits_are_refused(tiny, tokenizer, tmp_path):
     with pytest.raises(UserError, match="compute_metrics"):
         trainer_of(adapted(tiny, "llama"), pairs(), tokenizer, settings(tmp_path, 6, 1), compute_metrics=lambda prediction: {})
+
+
+def test_a_collator_is_refused(tiny, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"data_collator: .* leave it out"):
+        trainer_of(adapted(tiny, "llama"), pairs(), tokenizer, settings(tmp_path, 6, 1), data_collator=list)
+
+
+def test_a_model_that_checkpoints_by_itself_is_not_continued_from_states(tiny, tokenizer, tmp_path):
+    model = adapted(tiny, "mamba2")
+    model.get_base_model().gradient_checkpointing_enable()
+    trainer = trainer_of(model, pairs("titles"), tokenizer, settings(tmp_path, 6, 1))
+    assert trainer.strategy == "concatenated"
+
+
+def test_a_batch_size_that_is_searched_is_refused(tiny, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"auto_find_batch_size: .* set max_tokens_per_batch"):
+        trainer_of(adapted(tiny, "llama"), pairs(), tokenizer, settings(tmp_path, 6, 1, auto_find_batch_size=True))
 
 
 @pytest.mark.parametrize("kind", ["letters", "titles"])

@@ -42,6 +42,12 @@ def test_listwise_a_winner_has_its_own_losers_first_and_then_others_of_the_pool(
         assert set(others) <= set(POOL) - {24, 21}  # 21 has won against 24
 
 
+def test_a_winner_keeps_all_losers_of_its_own_pairs():
+    rows = [pair([1], 21, loser, pool_ids=POOL) for loser in (22, 23, 24)]
+    (group,) = grouped(rows, negatives=2, max_length=8)
+    assert by_token(group) == [(21, [22, 23, 24])]
+
+
 def test_losers_are_drawn_by_seed_and_row():
     rows = [pair([at], 21, 22, pool_ids=POOL) for at in range(1, 21)]
 

@@ -19,8 +19,9 @@ from llmrec.errors import UserError
 from llmrec.rankers.backbone import compile_layers, load_base, save_adapter, save_tuned_model, trainable, with_lora
 from llmrec.rankers.orpo import train_orpo
 from llmrec.rankers.sft import AnswerTrainer, collate, train_sft
+from llmrec.rankers.sharded import put_together
 from llmrec.rankers.training_log import Bar
-from llmrec.rankers.tuning import arguments, last_complete_checkpoint, put_together, refuse_mixed_weights
+from llmrec.rankers.tuning import arguments, last_complete_checkpoint, refuse_mixed_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rankers.json"
 LETTERS = {"A": 33, "B": 34, "C": 35}
