@@ -1,14 +1,18 @@
-"""A tiny Llama with a byte-level tokenizer, as a folder that transformers loads; random weights, a second to make."""
+"""Settings of all tests, and a tiny Llama with a byte-level tokenizer as a folder that transformers loads: random weights, quickly made."""
 
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait for each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are busy at times
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmrec.errors import UserError
 
-class NotFinite(FloatingPointError):
+
+class NotFinite(UserError):
     """A log-probability is not finite: weights are not, or numbers are too large for their dtype.
 
     Attributes:

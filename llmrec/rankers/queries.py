@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from llmrec.errors import UserError
 from llmrec.rankers.backbone import STATE_SPACE
 from llmrec.rankers.completions import PACKED
+from llmrec.rankers.letters import NotFinite
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def beam_queries(
 
     Raises:
         UserError: a prompt is empty, or more queries are asked for than the vocabulary has beginnings.
-        FloatingPointError: a log-probability is not finite; the message names the prompt.
+        NotFinite: a log-probability is not finite; the message names the prompt.
     """
     _check(rows, queries, new_tokens, end_ids, model.config.vocab_size)
     found: list[list[Query]] = [[] for _ in rows]
@@ -145,7 +146,7 @@ def _search(
         still, origins = [], []
         for nth, at in enumerate(going):
             if not all(map(math.isfinite, best[nth])):
-                raise FloatingPointError(f"prompt {numbers[at]} has a log-probability that is not finite; try base.dtype float32")
+                raise NotFinite(numbers[at])
             from_beams = searches[at].advance(in_order(best[nth], places[nth], vocabulary), end_ids, last=step + 1 == new_tokens)
             if from_beams:
                 still.append(at)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.config import Split
@@ -49,7 +49,6 @@ def test_a_user_needs_three_events():
         leave_one_out(table([(0, 1, 1)]), Split(minimum_events=2))
 
 
-@settings(deadline=None)  # machines are busy at times
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=25))
 def test_ambiguous_targets_are_those_that_some_rule_changes(triples):
     """A target is ambiguous exactly when ordering the ties backwards, or by chance, can move another event there."""

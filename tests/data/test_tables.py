@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.tables import list_column, padded
@@ -16,7 +16,6 @@ def test_padded_keeps_order_and_fills_what_is_missing():
         padded([[1, 2, 3]], width=2)
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 9), max_size=5), min_size=1, max_size=6))
 def test_a_column_of_lists_is_the_matrix_without_its_padding(lists):
     matrix = padded(lists)

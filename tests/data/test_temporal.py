@@ -64,7 +64,7 @@ random_tables = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9), st.inte
 
 
 # machines are busy at times, and many tables leave a period empty
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.filter_too_much])
 @given(random_tables, st.sampled_from(["last", "successive"]), st.tuples(st.floats(0.05, 0.95), st.floats(0.05, 0.95)).map(sorted))
 def test_periods_do_not_mix_and_the_right_users_are_asked(triples, target, quantiles):
     """Against a plain reading of the definition, user by user."""
@@ -95,7 +95,7 @@ def test_periods_do_not_mix_and_the_right_users_are_asked(triples, target, quant
 
 
 # machines are busy at times, and many tables leave a period empty
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.filter_too_much])
 @given(random_tables)
 def test_what_is_trained_on_does_not_depend_on_what_comes_later(triples):
     """Other items after training ends: the same training part."""

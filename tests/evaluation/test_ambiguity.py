@@ -57,7 +57,7 @@ def test_an_item_taken_twice_in_a_second_is_the_same_target():
     assert ambiguous_cases(table([(1, 10), (2, 20), (3, 30), (3, 30)]), "test").is_empty()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(histories())
 def test_possible_targets_are_those_of_all_orders(users):
     """Every order of events that keeps the times rising, tried."""
@@ -73,7 +73,7 @@ def test_possible_targets_are_those_of_all_orders(users):
         assert found["user"].n_unique() == ambiguous_targets(interactions)[split]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(histories())
 def test_the_exchanged_history_and_its_target_are_the_same_events(users):
     interactions = table(*users)
@@ -113,7 +113,7 @@ def test_a_user_with_several_cases_counts_as_their_mean():
     assert found["high"]["hr@5"] == 1
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 4), st.integers(0, 999))
 def test_no_order_leaves_the_bounds_and_some_reach_them(cases, seed):
     random = np.random.default_rng(seed)

@@ -27,7 +27,7 @@ def test_diversity_is_one_minus_the_mean_overlap_of_titles():
     assert diversity(padded([[1], []]), WORDS) == 0
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(LISTS)
 def test_diversity_pair_by_pair(lists):
     def overlap(a, b):
@@ -50,7 +50,7 @@ def test_gini_by_hand():
     assert gini(np.zeros(4)) == 0
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30).filter(any))
 def test_gini_is_half_the_relative_mean_difference(counts):
     x = np.array(counts, float)
@@ -66,7 +66,7 @@ def test_popularity_and_novelty_by_hand():
     assert average_popularity(padded([[]]), TRAINING_USERS) == 0
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(LISTS)
 def test_all_together(lists):
     rows = np.zeros((len(lists), 10), dtype=np.int32)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.evaluation.calibration import calibration, probabilities
@@ -58,7 +58,6 @@ def test_equal_probabilities_are_right_as_often_as_chance():
     assert found["brier"] == pytest.approx(found["brier_uniform"]) == pytest.approx(0.95)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 99))
 def test_bins_share_out_all_users_evenly_and_rise(users, bins, seed):
     found = calibration(*drawn(users, 0.5, seed), bins=bins)

@@ -41,13 +41,13 @@ def printed_row(values_of, ks, digits, percent):
     return [cell(f"{name}@{k}", f"{value * scale:.{digits}f}", percent) for k in sorted(ks) for name, value in values_of(k).items()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ranks=ranks, ks=cut_offs, digits=st.integers(0, 14), percent=st.booleans())
 def test_true_rankings_are_never_flagged(ranks, ks, digits, percent):
     assert contradiction(printed_row(lambda k: metrics_of(ranks, k), ks, digits, percent)) is None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds=st.lists(ranks, min_size=2, max_size=4), ks=cut_offs, digits=st.integers(1, 14))
 def test_means_over_seeds_are_never_flagged(seeds, ks, digits):
     def mean(k):
@@ -57,7 +57,7 @@ def test_means_over_seeds_are_never_flagged(seeds, ks, digits):
     assert contradiction(printed_row(mean, ks, digits, False)) is None
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(ranks=st.lists(st.integers(1, 60), min_size=5, max_size=40), ks=cut_offs, data=st.data())
 def test_a_planted_slip_is_bounded_by_what_the_true_rows_allow(ranks, ks, data):
     """Whatever cell is spoilt and named: had the others been left alone, the true value would have been within the bounds."""
@@ -85,7 +85,7 @@ def ndcg_range(hr, mrr, k):
     raise ValueError(f"no rank up to {k} has a reciprocal rank of {x}")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(hr=st.floats(0.01, 1), position=st.floats(0.001, 0.999), k=st.sampled_from([2, 5, 10, 20]), place=st.floats(-0.5, 1.5))
 def test_one_cut_off_agrees_with_the_closed_form(hr, position, k, place):
     mrr = hr * (1 / k + position * (1 - 1 / k))
@@ -98,7 +98,7 @@ def test_one_cut_off_agrees_with_the_closed_form(hr, position, k, place):
     assert (contradiction(cells) is None) == (beyond < 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(gain=st.floats(0.001, 0.3), place=st.floats(-1, 2), name=st.sampled_from(["ndcg", "mrr"]))
 def test_two_cut_offs_agree_with_the_closed_form(gain, place, name):
     """What comes in between 5 and 20 stands at ranks 6 to 20."""

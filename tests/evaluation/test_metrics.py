@@ -38,7 +38,7 @@ def by_ir_measures(right, scores, ks):
     return found
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 6), st.integers(1, 30), st.integers(0, 9999))
 def test_agrees_with_trec_eval(users, items, seed):
     random = np.random.default_rng(seed)
@@ -158,7 +158,6 @@ def test_the_expectation_is_of_the_metric_not_of_the_mean_rank():
     assert found["ndcg@2"].tolist() == [pytest.approx((1 + 1 / math.log2(3)) / 3), pytest.approx(1 / math.log2(3)), 0]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.data())
 def test_the_expectation_is_the_mean_over_all_places_in_the_tie(scores, data):
     """Against every order of the items with the target's score."""

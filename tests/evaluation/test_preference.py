@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
@@ -42,7 +42,6 @@ def test_a_broken_score_is_named():
         won(np.array([[1.0, 1.0], [1.0, NAN]]), np.array([[1.0, 2.0], [1.0, 2.0]]))
 
 
-@settings(deadline=None)
 @given(st.integers(2, 30), st.integers(0, 999))
 def test_turning_the_scores_round_turns_the_accuracy_round(users, seed):
     random = np.random.default_rng(seed)

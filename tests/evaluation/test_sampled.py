@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.errors import UserError
 from llmrec.evaluation.sampled import NEGATIVES, measured, negatives
 
 
-@settings(deadline=None)  # machines are busy at times
 @given(st.integers(0, 10_000), st.integers(1, 12), st.sets(st.integers(1, 30), max_size=12), st.integers(1, 30), st.booleans())
 def test_negatives_are_distinct_and_nothing_the_user_has(seed, count, own, target, popular):
     weights = np.arange(31.0) if popular else np.ones(31)

@@ -24,7 +24,7 @@ def test_quartiles_of_distinct_values_have_a_quarter_of_the_users_each(ranks):
 
 
 @given(arrays(np.int64, 40, elements=st.integers(0, 6)), st.integers(2, 5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_users_of_equal_value_stay_together_and_slices_add_up(values, parts):
     random = np.random.default_rng(0)
     ranks = {name: random.integers(0, 21, 40) for name in ("retriever", "fused")}

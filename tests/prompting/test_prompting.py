@@ -140,7 +140,7 @@ def test_titles_are_cut_between_characters(tokenizer, cap):
 words = st.lists(st.sampled_from(["Toy", "Story", "the", "😀", "of", "Rings", "Zebra", "ß"]), min_size=1, max_size=12).map(" ".join)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(titles=st.lists(words, min_size=10, max_size=10), budget=st.integers(60, 260), data=st.data())
 def test_fitting_keeps_the_longest_latest_history_within_the_budget(gpt2, titles, budget, data):
     template = dataclasses.replace(load_template("llamarec"), layout="{instruction} {history} {candidates}\n", instruction="Go.")

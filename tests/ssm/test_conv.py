@@ -35,7 +35,7 @@ def test_results_and_gradients_are_those_of_the_sum(length, ahead, case):
     assert_same_results(conv_inputs(length, **case), [3, 1, 2], ahead)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 5),
     length=st.integers(1, 14),
@@ -109,7 +109,7 @@ def test_one_step_after_the_other(width, bias):
     assert torch.equal(before, last_inputs(inputs["x"], width, inputs["before"]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(length=st.integers(1, 12), cut=st.integers(0, 12), width=st.integers(1, 5))
 def test_last_inputs_continue(length, cut, width):
     inputs, cut = conv_inputs(length, width=width, before=True), min(cut, length)

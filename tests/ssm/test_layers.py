@@ -44,7 +44,7 @@ def test_steps_equal_one_pass(layer):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(length=st.integers(1, 14), cuts=st.lists(st.integers(0, 14), max_size=3))
 @torch.no_grad()
 def test_state_carried_over_splits_equals_one_pass(kind, length, cuts):

@@ -34,7 +34,7 @@ def test_results_and_gradients_are_those_of_the_recurrence(length, case):
     assert_same_results(scan_inputs(length, **case))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 20),
@@ -83,7 +83,7 @@ def test_one_of_the_results_may_go_without_a_gradient(which):
         assert_close(one, other)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(length=st.integers(2, 30), cut=st.integers(1, 29), second=st.integers(1, 40))
 def test_state_carried_over_a_split_equals_one_pass(length, cut, second):
     """Also where the row holds two sequences, the second from position `second` on: the state goes on with the one that is cut."""

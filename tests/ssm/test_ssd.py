@@ -36,7 +36,7 @@ def test_results_and_gradients_are_those_of_the_recurrence(length, chunk, case):
     assert_same_results(ssd_inputs(length, **case), chunk=chunk)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 20),
@@ -99,7 +99,7 @@ def test_the_last_state_need_not_be_asked_for(length, state):
         assert_close(one, other)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(length=st.integers(2, 30), cut=st.integers(1, 29), chunk=st.integers(1, 9), second=st.integers(1, 40))
 def test_state_carried_over_a_split_equals_one_pass(length, cut, chunk, second):
     """Also where the row holds two sequences, the second from position `second` on: the state goes on with the one that is cut."""
@@ -201,7 +201,7 @@ def test_a_block_is_no_longer_than_the_range_allows(decay, length, chunk, expect
     assert _chunk_that_fits(torch.full((2, length, 3), -decay), chunk) == expected
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(length=st.integers(1, 200), chunk=st.integers(1, 70), scale=st.floats(-3, 4), where=st.integers(0, 199))
 def test_no_block_leaves_the_range(length, chunk, scale, where):
     decay = -source(length)(2, length, 3).abs() * 10**scale
