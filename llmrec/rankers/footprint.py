@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from llmrec.config import Base, Lora
 from llmrec.rankers.backbone import TunedModel, float_head, resolve_dtype, trainable
 from llmrec.rankers.completions import NLL_CHUNK, Strategy, choose, completion_logps, lay_out
-from llmrec.rankers.letters import last_logits
+from llmrec.rankers.letters import last_logits, pad
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: 4 bits, a byte of scale per 64 weights, a float32 per 256 scales (QLoRA, arXiv 2305.14314, section 3)."""
@@ -150,7 +150,7 @@ def training_footprint(
 
 def scoring_footprint(config: PreTrainedConfig, base: Base, *, rows: int, tokens: int) -> Footprint:
     """What a forward pass needs that scores `rows` prompts of up to `tokens` tokens."""
-    model, (ids, lengths) = hollow(config, base), _batch(rows, tokens)
+    model, (ids, lengths) = hollow(config, base), pad([[0] * tokens] * rows, 0)
     return without_gradients(model, base, lambda: last_logits(model, ids, lengths))
 
 
@@ -199,10 +199,6 @@ def _rehearse(model: TunedModel, batch: dict[str, Any], sequence_nll: bool) -> t
                 loss = loss + nll  # one chunk's logits and their gradient: the others follow one by one
             loss.backward()
     return kept, alive.peak
-
-
-def _batch(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
-    return torch.zeros(rows, tokens, dtype=torch.int64), torch.full((rows,), tokens)
 
 
 def _all(model: nn.Module) -> list[Tensor]:

@@ -28,10 +28,20 @@ class NotFinite(UserError):
         self.prompt = prompt
 
 
+MULTIPLE = 16
+"""Of which every width is a multiple. On CPUs oneDNN and attention keep code for each shape of bfloat16 products that they meet, some
+10 MB for each width of SmolLM2-135M, and take time to make it; and units that multiply matrices like whole tiles."""
+
+
+def padded(longest: int) -> int:
+    """How many tokens wide a batch is whose longest row has so many."""
+    return -(-longest // MULTIPLE) * MULTIPLE
+
+
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token rows as one batch: ids padded on the right (rows, longest), and the number of real tokens (rows,), both int64."""
+    """Token rows as one batch: ids padded on the right (rows, `padded` longest), and the number of real tokens (rows,), both int64."""
     lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), pad_id)
+    ids = torch.full((len(rows), padded(int(lengths.max()))), pad_id)
     for at, row in enumerate(rows):
         ids[at, : len(row)] = torch.as_tensor(row)
     return ids, lengths

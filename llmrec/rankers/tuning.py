@@ -32,6 +32,7 @@ from transformers.integrations import get_available_reporting_integrations
 from llmrec import distributed
 from llmrec.config import Tuning
 from llmrec.errors import UserError
+from llmrec.rankers.letters import padded
 from llmrec.rankers.sharded import unshard
 from llmrec.rankers.steps import Steps, deal
 from llmrec.rankers.training_log import Bar, Log, Sums, add, by_step, means
@@ -75,8 +76,8 @@ class WindowTrainer(Trainer):
 
     Args:
         *args: of the next trainer's constructor.
-        max_tokens_per_batch: padded tokens of a forward pass at most; a longer row has a pass of its own. Completions that
-            have a pass to themselves (Mamba-2) count as they are, without padding.
+        max_tokens_per_batch: tokens of a forward pass at most, padding (`letters.pad`) included; a longer row has a pass of its own.
+            Completions that have a pass to themselves (Mamba-2) count as they are, without padding.
         prompts_per_step: rows of an optimiser step, on all processes together, in place of the product above.
         **kwargs: of the next trainer's constructor.
 
@@ -132,7 +133,7 @@ class WindowTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """This process's forward passes of the next step, and what the step holds on all processes."""
         rows = next(epoch_iterator)
-        lengths = [row["length"] for row in rows]
+        lengths = [padded(row["length"]) for row in rows]
         self._tokens += sum(row["length"] * row["copies"] for row in rows)
         at_most = self.args.train_batch_size if self.max_tokens_per_batch is None else None
         copies = [row["copies"] for row in rows]

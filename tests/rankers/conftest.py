@@ -37,6 +37,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def exact_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches as wide as their longest row, for tests of what stands where."""
+    monkeypatch.setattr("llmrec.rankers.letters.MULTIPLE", 1)
+
+
 @pytest.fixture(params=sorted(CONFIGS))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

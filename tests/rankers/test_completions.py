@@ -156,6 +156,7 @@ def test_block_mask_by_hand(tiny):
     assert mask[0, 0, :5].int().tolist() == expected
 
 
+@pytest.mark.usefixtures("exact_widths")
 def test_positions_go_on_from_the_prompt_in_every_completion():
     batch = lay_out("packed", [[40, 41, 42]], [[[1, 2, 3], [4, 5], [6]]], pad_id=0)
     assert batch["input_ids"].tolist() == [[40, 41, 42, 1, 2, 4]]
@@ -163,6 +164,7 @@ def test_positions_go_on_from_the_prompt_in_every_completion():
     assert batch["segments"].tolist() == [[0, 0, 0, 1, 1, 2]]
 
 
+@pytest.mark.usefixtures("exact_widths")
 @pytest.mark.parametrize("completions", [LETTERS, TITLES], ids=["letters", "titles"])
 @pytest.mark.parametrize("strategy", ["packed", "continued", "concatenated"])
 def test_row_sizes_are_those_of_the_rows(strategy, completions):

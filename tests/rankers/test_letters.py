@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrec.rankers.letters import NotFinite, batches_of_letter_logprobs, letter_logprobs
+from llmrec.rankers.letters import NotFinite, batches_of_letter_logprobs, letter_logprobs, pad
 
 LABELS = [11, 12, 13, 14]
 
@@ -65,3 +65,11 @@ def test_dropout_is_off(tiny):
     model.train()
     rows = some_rows([7])
     np.testing.assert_array_equal(letter_logprobs(model, rows, LABELS), letter_logprobs(model, rows, LABELS))
+
+
+@pytest.mark.parametrize(("longest", "width"), [(1, 16), (16, 16), (17, 32), (400, 400)])
+def test_widths_are_few(longest, width):
+    ids, lengths = pad([[3] * longest, [4]], 7)
+    assert ids.shape == (2, width)
+    assert lengths.tolist() == [longest, 1]
+    assert ids[1].tolist() == [4] + [7] * (width - 1)

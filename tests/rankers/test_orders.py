@@ -103,6 +103,7 @@ def test_in_bfloat16_the_rankings_are_those_of_the_plain_path_up_to_rounding(fam
     assert (found[:, :, None] > found[:, None, :])[apart].all()
 
 
+@pytest.mark.usefixtures("exact_widths")
 @pytest.mark.parametrize(("batch", "expected"), [(3, [(1, 20), (3, 9), (1, 6), (3, 11)]), (6, [(2, 6), (6, 23)])])
 def test_what_the_orders_share_is_computed_once(tiny, batch, expected):
     """Two users in a pass share 6 tokens each, those of the one who shares least."""

@@ -62,6 +62,7 @@ def test_a_family_whose_candidates_share_nothing(batch):
     assert_same(found, one_by_one(model))
 
 
+@pytest.mark.usefixtures("exact_widths")
 @pytest.mark.parametrize(("kind", "tokens"), [("gpt2", 19), ("llama", 19), ("mamba2", 11)])
 def test_the_candidates_of_a_prompt_share_its_forward_pass(kind, tokens, tiny):
     """11 tokens of a prompt, and 8 of its candidates that predict others, in one row or after it."""

@@ -227,7 +227,7 @@ def test_sft_loss_is_the_mean_over_the_step(tiny, tmp_path):
         plain = with_lora(tiny("llama"), Lora(dropout=0.0), seed=0)
         losses = [-plain(torch.tensor([row["prompt_ids"]])).logits[0, -1].log_softmax(-1)[row["completion_ids"][0]] for row in data]
         torch.stack(losses).mean().backward()
-        assert_close(found, {n: w.grad for n, w in plain.named_parameters() if w.requires_grad}, atol=1e-6, rtol=1e-4)
+        assert_close(found, {n: w.grad for n, w in plain.named_parameters() if w.requires_grad}, atol=1e-5, rtol=1e-4)
         assert trainer.state.log_history[0]["loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
         gradients.append(found)
     assert_close(*gradients, atol=1e-6, rtol=1e-4)
@@ -254,7 +254,7 @@ def test_unknown_completion_and_empty_prompt(saved_llama, tmp_path):
 @pytest.mark.parametrize("kind", ["sft", "orpo"])
 def test_a_token_budget_bounds_the_passes_and_changes_no_number(kind, saved_llama, tokenizer, tmp_path):
     results, sizes = [], []
-    for budget in (None, 50):
+    for budget in (None, 64):
         base = load_base(saved_llama, Base(dtype="float32"))
         seen: list[torch.Size] = []
         base.register_forward_pre_hook(lambda module, _, inputs, seen=seen: seen.append(inputs["input_ids"].shape), with_kwargs=True)
@@ -265,7 +265,7 @@ def test_a_token_budget_bounds_the_passes_and_changes_no_number(kind, saved_llam
     for row, other in zip(without_seconds(found.log), without_seconds(expected.log), strict=True):
         assert row == pytest.approx(other, abs=1e-4)
     assert max(rows for rows, _ in sizes[0]) == TUNING["batch"]
-    assert all(rows * longest <= 50 or rows == 1 for rows, longest in sizes[1])
+    assert all(rows * longest <= 64 or rows == 1 for rows, longest in sizes[1])
     assert max(rows for rows, _ in sizes[1]) > 1
     assert len(sizes[1]) > len(sizes[0])
 
