@@ -13,7 +13,7 @@ _IN_FRONT = re.compile(rf"(?:{_ARTICLE})(?:\s|(?<='))", re.IGNORECASE)
 _PARENTHESES = re.compile(r"(\([^()]*\))")
 _ALIAS = re.compile(r"(a\.?k\.?a\.? )(.*)", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")
-_YEAR = re.compile(r"(?: ?\(\d{4}(?:[-–]\d{0,4})?\))+$")
+_YEAR = re.compile(r"(?: ?\(\d{4}(?:[-–]\d{0,4})?\))+\Z")
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 

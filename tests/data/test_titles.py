@@ -94,6 +94,7 @@ def test_without_year(title, expected):
 
 
 @example("Matrix , The")
+@example("(0000)\n(0000)")
 @given(titles)
 def test_treating_twice_changes_nothing(title):
     for treat in (clean, readable, without_year):
