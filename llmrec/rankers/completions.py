@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PretrainedConfig
 
-from llmrec.rankers.letters import pad, padded
+from llmrec.rankers.letters import pad, padded_width
 
 Strategy = Literal["packed", "continued", "concatenated"]
 
@@ -88,7 +88,7 @@ def lay_out(
         pad_id: any token id.
 
     Returns:
-        input_ids: (rows, longest).
+        input_ids: (rows, longest), longest as of `padded_width` wherever it is meant here.
         kept: positions that go through the output layer, (rows, most), beginning with the prompt's last.
         at, targets, completion: of each completion's token the place of its logits, counted through all that are kept; its id;
             the number of its completion, counted through all prompts. (tokens,)
@@ -163,7 +163,7 @@ def _in_rows(rows: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], pad_
 def _continued(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]], pad_id: int) -> dict[str, Tensor]:
     """Prompts padded on the left, and the tokens of their completions in rows of their own."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    longest = padded(int(lengths.max()))
+    longest = padded_width(int(lengths.max()))
     starts = longest - lengths
     flat = [(row, completion) for row, of_prompt in enumerate(completions) for completion in of_prompt]
     several = [(number, row, completion) for number, (row, completion) in enumerate(flat) if len(completion) > 1]

@@ -33,15 +33,15 @@ MULTIPLE = 16
 10 MB for each width of SmolLM2-135M, and take time to make it; and units that multiply matrices like whole tiles."""
 
 
-def padded(longest: int) -> int:
+def padded_width(longest: int) -> int:
     """How many tokens wide a batch is whose longest row has so many."""
     return -(-longest // MULTIPLE) * MULTIPLE
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token rows as one batch: ids padded on the right (rows, `padded` longest), and the number of real tokens (rows,), both int64."""
+    """Token rows as one batch: ids padded on the right (rows, `padded_width`), and the number of real tokens (rows,), both int64."""
     lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), padded(int(lengths.max()))), pad_id)
+    ids = torch.full((len(rows), padded_width(int(lengths.max()))), pad_id)
     for at, row in enumerate(rows):
         ids[at, : len(row)] = torch.as_tensor(row)
     return ids, lengths

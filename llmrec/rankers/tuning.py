@@ -32,7 +32,7 @@ from transformers.integrations import get_available_reporting_integrations
 from llmrec import distributed
 from llmrec.config import Tuning
 from llmrec.errors import UserError
-from llmrec.rankers.letters import padded
+from llmrec.rankers.letters import padded_width
 from llmrec.rankers.sharded import unshard
 from llmrec.rankers.steps import Steps, deal
 from llmrec.rankers.training_log import Bar, Log, Sums, add, by_step, means
@@ -133,7 +133,7 @@ class WindowTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """This process's forward passes of the next step, and what the step holds on all processes."""
         rows = next(epoch_iterator)
-        lengths = [padded(row["length"]) for row in rows]
+        lengths = [padded_width(row["length"]) for row in rows]
         self._tokens += sum(row["length"] * row["copies"] for row in rows)
         at_most = self.args.train_batch_size if self.max_tokens_per_batch is None else None
         copies = [row["copies"] for row in rows]

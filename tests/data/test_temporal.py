@@ -63,7 +63,7 @@ def test_five_users_asked_about_every_event_of_a_period():
 random_tables = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9), st.integers(0, 30)), min_size=3, max_size=60)
 
 
-# machines are busy at times, and many tables leave a period empty
+# many tables leave a period empty
 @settings(max_examples=50, suppress_health_check=[HealthCheck.filter_too_much])
 @given(random_tables, st.sampled_from(["last", "successive"]), st.tuples(st.floats(0.05, 0.95), st.floats(0.05, 0.95)).map(sorted))
 def test_periods_do_not_mix_and_the_right_users_are_asked(triples, target, quantiles):
@@ -94,7 +94,7 @@ def test_periods_do_not_mix_and_the_right_users_are_asked(triples, target, quant
         assert split == expected
 
 
-# machines are busy at times, and many tables leave a period empty
+# many tables leave a period empty
 @settings(max_examples=50, suppress_health_check=[HealthCheck.filter_too_much])
 @given(random_tables)
 def test_what_is_trained_on_does_not_depend_on_what_comes_later(triples):
